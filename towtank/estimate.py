@@ -1,0 +1,83 @@
+"""What a number is in towtank: a value with its uncertainty, and a verdict with its reason."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["ok", "weak", "refuse"]
+_ORDER: tuple[Status, ...] = ("ok", "weak", "refuse")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with a confidence interval.
+
+    Args:
+        value: point estimate, in the unit of the quantity.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        level: coverage the interval claims, between 0 and 1.
+
+    Raises:
+        ValueError: if `low <= value <= high` does not hold, or the level is not between 0 and 1.
+
+    Example:
+        >>> Interval(2.0, 1.5, 2.5)
+        Interval(value=2.0, low=1.5, high=2.5, level=0.95)
+        >>> 1.6 in Interval(2.0, 1.5, 2.5)
+        True
+        >>> print(Interval(0.003, 0.002, 0.0041))
+        0.003 [0.002, 0.0041]
+    """
+
+    value: float
+    low: float
+    high: float
+    level: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.value <= self.high:
+            raise ValueError(f"expected low <= value <= high, got {self.low}, {self.value}, {self.high}")
+        if not 0 < self.level < 1:
+            raise ValueError(f"expected a level between 0 and 1, got {self.level}")
+
+    def __contains__(self, x: float) -> bool:
+        return self.low <= x <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+
+    def overlaps(self, other: Interval) -> bool:
+        """Whether two intervals share a point."""
+        return self.low <= other.high and other.low <= self.high
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far an answer may be trusted: `ok`, `weak` or `refuse`, and why.
+
+    Example:
+        >>> Verdict("ok").worse(Verdict("weak", "one seed"))
+        Verdict(status='weak', reason='one seed')
+    """
+
+    status: Status
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.reason}" if self.reason else self.status
+
+    def worse(self, other: Verdict) -> Verdict:
+        """The less trusting of the two; reasons of equally bad ones are joined."""
+        mine, theirs = _ORDER.index(self.status), _ORDER.index(other.status)
+        if mine != theirs:
+            return self if mine > theirs else other
+        reasons = [r for r in dict.fromkeys((self.reason, other.reason)) if r]
+        return Verdict(self.status, "; ".join(reasons))
+
+
+def finite(x: float | None) -> bool:
+    """Whether `x` is a usable number (not None, NaN or infinite)."""
+    return x is not None and math.isfinite(x)
