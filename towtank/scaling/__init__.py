@@ -1,0 +1,1 @@
+"""Parametrizations: how initialization, learning rate and decay change with size."""

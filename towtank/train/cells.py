@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from towtank.train.settings import MEMBER_KEYS, TRAINING_KEYS, Member, Training
+
+if TYPE_CHECKING:
+    from towtank.train.ensemble import Ensemble
+    from towtank.train.task import Task
 
 Scalar = str | int | float | bool | None
 Cell = Mapping[str, Scalar]
 Curve = list[tuple[int, float | None]]
+DEFAULT_TASK = "towtank.train.tasks:gpt"
+SIZE_OF_BASE = "width"  # the key that `base_width` speaks of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,21 +38,198 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a cell would cost and what it is measured on, found without training."""
+    """What a cell would cost and what it is measured on, found without training.
 
-    corpus: str  # digest of the data
+    Args:
+        corpus: digest of the data.
+        parameters: number of parameters.
+        member_bytes: memory of one member: parameters, gradients, moments, activations.
+        flops_per_step: floating-point operations of one forward and backward pass.
+    """
+
+    corpus: str
     parameters: int
-    member_bytes: int  # parameters, gradients, moments and activations of one member
+    member_bytes: int
     flops_per_step: float
 
 
 def describe(cell: Cell) -> Description:
-    """Describe the run a cell asks for; trains nothing."""
-    raise NotImplementedError
+    """Describe the run a cell asks for: one forward and backward pass on one batch, nothing trained.
+
+    Example:
+        >>> describe({"width": 32, "lr": 0.01}).parameters
+        41184
+    """
+    import torch
+    from torch.autograd.graph import saved_tensors_hooks
+    from torch.utils.flop_counter import FlopCounterMode
+
+    task = build_task(cell)
+    inputs, targets = task.data.batch(0, 0)
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with FlopCounterMode(display=False) as counter:
+        with saved_tensors_hooks(pack, lambda t: t):
+            loss = task.loss(task.model(inputs), targets)
+        torch.autograd.grad(loss, [p for p in task.model.parameters() if p.requires_grad], allow_unused=True)
+    parameters = sum(p.numel() for p in task.model.parameters())
+    return Description(
+        corpus=task.data.digest,
+        parameters=parameters,
+        member_bytes=4 * 4 * parameters + 2 * sum(saved.values()),  # twice: the gradients of activations on their way back
+        flops_per_step=float(counter.get_total_flops()),
+    )
 
 
 def train_cells(
     cells: Sequence[Cell], *, device: str = "cpu", on_step: Callable[[int, int], None] | None = None
 ) -> list[Result]:
-    """Train cells that differ only in their numbers as one ensemble; `on_step(step, alive)` after each step."""
-    raise NotImplementedError
+    """Train cells that differ only in their numbers as one ensemble.
+
+    Args:
+        cells: flat dicts that agree in every key but those of `Member`.
+        device: where to train.
+        on_step: called as `on_step(step, living members)` after each update.
+
+    Raises:
+        ValueError: if the cells differ in more than their numbers.
+    """
+    from towtank.train.loop import train
+
+    ensemble, training = build_ensemble(cells, device)
+    began = time.perf_counter()
+    recorders = [_Recorder() for _ in cells]
+    for step in train(ensemble, training):
+        columns = {name: values.tolist() for name, values in _columns(step).items()}
+        alive = step.alive.tolist() if columns or step.step == training.steps else []
+        for index, recorder in enumerate(recorders):
+            recorder.observe(step.step, {name: values[index] for name, values in columns.items()}, alive[index : index + 1])
+        if on_step is not None:
+            on_step(step.step, sum(alive) if alive else len(cells))
+    share_s = (time.perf_counter() - began) / len(cells)
+    return [recorder.result(training.steps, share_s) for recorder in recorders]
+
+
+def build_task(cell: Cell) -> Task:
+    """Call the cell's task function with its keys, under its seed; the caller's random state is left as it was.
+
+    Raises:
+        ValueError: if the function cannot be found.
+    """
+    import torch
+
+    function = task_function(str(cell.get("task", DEFAULT_TASK)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(cell.get("seed") or 0))
+        return function(**_arguments(function, cell))
+
+
+def task_function(name: str) -> Callable[..., Any]:
+    """Import `package.module:function`.
+
+    Raises:
+        ValueError: if there is no such function.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"task = {name!r}: expected package.module:function, got {type(error).__name__}: {error}") from error
+
+
+def build_ensemble(cells: Sequence[Cell], device: str = "cpu") -> tuple[Ensemble, Training]:
+    """The ensemble and its shared settings that a group of cells asks for.
+
+    Raises:
+        ValueError: if the cells differ in more than their numbers.
+    """
+    import torch
+
+    from towtank.scaling import plan as plans
+    from towtank.train import planner
+    from towtank.train.ensemble import Ensemble
+
+    _require_one_structure(cells)
+    first = cells[0]
+    training = Training(**{k: v for k, v in first.items() if k in TRAINING_KEYS})  # pyright: ignore[reportArgumentType]
+    members = [Member(**{k: v for k, v in c.items() if k in MEMBER_KEYS}) for c in cells]  # pyright: ignore[reportArgumentType]
+    by_seed = {m.seed: build_task(c) for m, c in zip(members, cells, strict=True)}
+    tasks = [by_seed[m.seed] for m in members]
+    model, head = tasks[0].model, tasks[0].head
+    base = build_task({**first, SIZE_OF_BASE: training.base_width}).model if training.parametrization == "mup" else model
+    roles = plans.roles(model, head=head)
+    if training.parametrization == "mup":
+        plans.require_drawn_by_width(model, base, roles)
+    table = plans.plan(training.parametrization, plans.shapes(model), plans.shapes(base), roles, decay=training.decay)
+    ensemble = Ensemble(
+        tasks, members, plan=table, roles=roles, decay=training.decay, device=device,
+        dtype=getattr(torch, training.precision),
+    )  # fmt: skip
+    parameters = sum(p.numel() for p in model.parameters())
+    if planner.should_compile(training.compile, device, parameters, len(cells), training.steps):
+        ensemble.compile()
+    return ensemble, training
+
+
+def _arguments(function: Callable[..., Any], cell: Cell) -> dict[str, Scalar]:
+    """The cell's keys that the task function takes (all that are not the loop's own, if it takes any)."""
+    accepted = inspect.signature(function).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    own = MEMBER_KEYS | TRAINING_KEYS | {"task"}
+    return {k: v for k, v in cell.items() if k in accepted or (anything and k not in own)}
+
+
+def _require_one_structure(cells: Sequence[Cell]) -> None:
+    if not cells:
+        raise ValueError("expected at least one cell, got none")
+    shared = [{k: v for k, v in c.items() if k not in MEMBER_KEYS} for c in cells]
+    if any(s != shared[0] for s in shared):
+        raise ValueError(f"expected cells that differ only in {', '.join(sorted(MEMBER_KEYS))}; group them first")
+
+
+def _columns(step: Any) -> dict[str, Any]:
+    columns = dict(step.signals)
+    if step.heldout is not None:
+        columns["heldout"] = step.heldout
+    blocks = [v for name, v in columns.items() if name.startswith("attention_logit_max/block")]
+    if blocks:
+        columns["attention_logit_max"] = _elementwise_max(blocks)
+    return columns
+
+
+def _elementwise_max(tensors: list[Any]) -> Any:
+    import torch
+
+    return torch.stack(tensors).amax(0)
+
+
+class _Recorder:
+    """Collects one member's curves until it ends or diverges."""
+
+    def __init__(self) -> None:
+        self.curve: Curve = []
+        self.signals: dict[str, Curve] = {}
+        self.diverged: int | None = None
+
+    def observe(self, step: int, values: dict[str, float], alive: list[bool]) -> None:
+        if self.diverged is not None:
+            return
+        for name, value in values.items():
+            curve = self.curve if name == "heldout" else self.signals.setdefault(name, [])
+            curve.append((step, value if abs(value) < float("inf") else None))
+        if alive and not alive[0]:
+            self.diverged = step
+
+    def result(self, steps: int, time_s: float) -> Result:
+        initial = self.curve[0][1] if self.curve else None
+        common = {"initial": initial, "curve": self.curve, "signals": self.signals, "time_s": time_s}
+        if self.diverged is None:
+            return Result(status="done", steps=steps, final=self.curve[-1][1], **common)
+        losses = self.signals.get("train/loss", [])
+        last = next((f"{v:.4g} at step {s}" for s, v in reversed(losses) if v is not None), "none")
+        reason = f"loss or gradient not finite, or loss too large, by step {self.diverged}; last finite training loss: {last}"
+        return Result(status="diverged", steps=self.diverged, reason=reason, **common)

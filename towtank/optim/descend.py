@@ -1,0 +1,50 @@
+"""What every rule shares: clipping, the learning rate and the three ways to decay weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def member_norms(grads: Sequence[Tensor]) -> Tensor:
+    """Global gradient norm of each member, ||g_e|| over all its tensors.
+
+    Args:
+        grads: tensors of shape (E, ...), one member along the first axis.
+
+    Returns:
+        Norms, shape (E,).
+
+    Example:
+        >>> member_norms([torch.tensor([[3.0], [0.0]]), torch.tensor([[4.0], [2.0]])])
+        tensor([5., 2.])
+    """
+    per_tensor = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads]
+    return torch.linalg.vector_norm(torch.stack(per_tensor), dim=0)
+
+
+def clip_scale(norms: Tensor, largest: Tensor) -> Tensor:
+    """Factor that brings each member's gradient to at most `largest`: min(1, largest / (norm + 1e-6)).
+
+    The 1e-6 is that of `torch.nn.utils.clip_grad_norm_`, so that both clip alike.
+
+    Example:
+        >>> clip_scale(torch.tensor([0.5, 4.0]), torch.tensor(1.0))
+        tensor([1.0000, 0.2500])
+    """
+    return (largest / (norms + 1e-6)).clamp(max=1.0)
+
+
+def descend(param: Tensor, direction: Tensor, rate: float | Tensor, shrink: float | Tensor) -> Tensor:
+    """Apply a direction: p <- p - rate * direction - shrink * p.
+
+    `rate` is schedule x learning rate x multiplier. `shrink` is schedule x lambda x multiplier for *independent* decay
+    (Wortsman et al. 2023, section 3.2) and rate x lambda x multiplier for the *coupled* decay of torch.optim.AdamW.
+
+    Example:
+        >>> descend(torch.tensor([1.0]), torch.tensor([2.0]), 0.1, 0.01)
+        tensor([0.7900])
+    """
+    return param * (1 - shrink) - rate * direction

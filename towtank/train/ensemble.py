@@ -1,0 +1,229 @@
+"""Members that differ only in numbers, trained as one batched program.
+
+Parameters are stacked along a leading member axis E; the loss of one member is written once and batched by `vmap`, so a
+linear layer of E members is one batched matrix product. Each member has its own learning rate, decay, betas, clipping and
+divergence flag, and comes out as if it had been trained alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+
+from towtank.losses import z_loss
+from towtank.optim.descend import clip_scale, descend, member_norms
+from towtank.optim.rules import adamw
+from towtank.scaling.plan import Plan, Role
+from towtank.train.settings import Member
+from towtank.train.task import Batch, Task
+
+CPU_CHUNK = 32_768  # numbers per elementwise pass on a CPU: the rule's dozen operations then stay in cache
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Losses (E,), gradient norms before clipping (E,), which members moved (E,), and signals of shape (E,) if asked for."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    moved: Tensor
+    signals: dict[str, Tensor]
+
+
+class Ensemble:
+    """E members of one task with their own numbers.
+
+    Args:
+        tasks: one task per member; models of one structure, already initialized.
+        members: the numbers of each.
+        plan: multipliers by parameter name.
+        roles: role by parameter name; the signals are grouped by it.
+        decay: `independent` or `coupled`.
+        device: where to train.
+        dtype: floating-point type of parameters and arithmetic.
+
+    Raises:
+        ValueError: if there are no members, or not one task for each.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        members: Sequence[Member],
+        *,
+        plan: Plan,
+        roles: dict[str, Role],
+        decay: str = "independent",
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if not members or len(tasks) != len(members):
+            raise ValueError(f"expected one task per member and at least one, got {len(tasks)} and {len(members)}")
+        self.task, self.members, self.plan, self.roles, self.decay = tasks[0], list(members), plan, roles, decay
+        self.device = torch.device(device)
+        self._model = tasks[0].model
+        self.params, self._buffers, self._buffer_dims = _stack([t.model for t in tasks], self.device, dtype)
+        for name, p in self.params.items():
+            p.mul_(plan[name].init)
+        self._state = {name: adamw.init(p) for name, p in self.params.items()}
+        self._numbers = _member_columns(members, self.device)
+        self._z_loss = self._numbers["z_loss"].to(dtype)
+        self.alive = torch.ones(len(members), dtype=torch.bool, device=self.device)
+        self.updates = 0
+        self._probes = "probe" in inspect.signature(self._model.forward).parameters
+        self._batched = {probing: self._vmapped(probing) for probing in (False, True)}
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def compile(self) -> None:
+        """Compile the batched loss (the gradient with it); the probing pass, which is rare, stays eager."""
+        self._batched[False] = torch.compile(self._batched[False])
+
+    def step(self, batch: Batch, scale: float, *, probing: bool = False) -> StepOutput:
+        """One update of every living member.
+
+        Args:
+            batch: inputs and targets with a leading member axis, (E, B, ...).
+            scale: the schedule's share of the peak learning rate.
+            probing: also return the signals.
+        """
+        losses, grads, signals = self._gradients(batch, probing)
+        norms = member_norms(list(grads.values()))
+        moved = self.alive & losses.isfinite() & norms.isfinite()
+        self.updates += 1
+        square_sums = self._update(grads, norms, moved, scale, probing)
+        if probing:
+            signals |= self._sizes(square_sums)
+        return StepOutput(losses, norms, moved, signals)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """Mean loss of each member over batches of shape (B, ...) that all members share, (E,)."""
+        self._model.eval()
+
+        def loss(params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+            return self.task.loss(functional_call(self._model, (self._effective(params), buffers), (inputs,)), targets)
+
+        batched = torch.vmap(loss, in_dims=(0, self._buffer_dims, None, None))
+        total = torch.zeros(len(self), device=self.device)
+        for inputs, targets in batches:
+            total = total + batched(self.params, self._buffers, self._to(inputs), self._to(targets))
+        return total / len(batches)
+
+    def freeze(self, dead: Tensor) -> None:
+        """Stop the members where `dead` (E,) is true: they keep their last parameters and no longer move."""
+        self.alive = self.alive & ~dead
+
+    def member_parameters(self, index: int) -> dict[str, Tensor]:
+        """A copy of one member's parameters by name."""
+        return {name: p[index].clone() for name, p in self.params.items()}
+
+    def _to(self, x: Tensor) -> Tensor:
+        return x.to(self.device, self._dtype if x.is_floating_point() else None)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self.params.values())).dtype
+
+    def _effective(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        forward = {name: self.plan[name].forward for name in params}
+        return {name: p if forward[name] == 1 else p * forward[name] for name, p in params.items()}
+
+    def _vmapped(self, probing: bool):  # noqa: ANN202 - a function of tensors
+        penalized = bool((self._numbers["z_loss"] > 0).any())
+
+        def member(params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor, z: Tensor):
+            probe: dict[str, Tensor] = {}
+            keywords = {"probe": probe} if probing and self._probes else {}
+            outputs = functional_call(self._model, (self._effective(params), buffers), (inputs,), keywords)
+            loss = self.task.loss(outputs, targets)
+            total = loss + z * z_loss(outputs) if penalized else loss
+            if probing and self.task.outputs_are_logits:
+                log_z = outputs.detach().logsumexp(-1)
+                probe |= {"log_z/mean": log_z.mean(), "log_z/min": log_z.amin()}
+            return total, loss.detach(), probe
+
+        return torch.vmap(member, in_dims=(0, self._buffer_dims, 0, 0, 0), randomness="different")
+
+    def _gradients(self, batch: Batch, probing: bool) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        self._model.train()
+        leaves = {name: p.detach().requires_grad_() for name, p in self.params.items()}
+        inputs, targets = (self._to(x) for x in batch)
+        total, losses, signals = self._batched[probing](leaves, self._buffers, inputs, targets, self._z_loss)
+        grads = torch.autograd.grad(total.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+        return losses, dict(zip(leaves, grads, strict=True)), signals
+
+    @torch.no_grad()
+    def _update(
+        self, grads: dict[str, Tensor], norms: Tensor, moved: Tensor, scale: float, probing: bool
+    ) -> dict[Role, Tensor]:
+        """Clip, take the rule's direction, decay and descend, in place; sums of squared directions by role if probing."""
+        numbers = self._numbers
+        masked = self.device.type != "cpu" or not bool(moved.all())
+        clip = clip_scale(norms, numbers["clip"].to(norms.dtype))
+        rate, shrink = scale * numbers["lr"] * moved, scale * numbers["weight_decay"] * moved
+        sums: dict[Role, Tensor] = {}
+        for name, grad in grads.items():
+            factors = self.plan[name]
+            own_rate = rate * factors.lr
+            own_shrink = (shrink if self.decay == "independent" else shrink * numbers["lr"] * factors.lr) * factors.weight_decay
+            own_rate, own_shrink = (x[:, None].to(grad.dtype) for x in (own_rate, own_shrink))
+            flat = [t.view(len(self), -1) for t in (self.params[name], *self._state[name])]
+            for p, m, v, g in zip(*(self._chunks(t) for t in (*flat, grad.reshape(len(self), -1))), strict=True):
+                g = g * clip[:, None]
+                if masked:
+                    g = torch.where(moved[:, None], g, 0.0)
+                hyper = adamw.Hyper(*(numbers[k][:, None] for k in ("beta1", "beta2", "eps")))
+                direction, state = adamw.direction(g, adamw.State(m, v), hyper, self.updates)
+                m.copy_(state.m)
+                v.copy_(state.v)
+                p.copy_(descend(p, direction, own_rate, own_shrink))
+                if probing:
+                    role = self.roles[name]
+                    sums[role] = sums.get(role, 0.0) + direction.square().sum(1)
+        return sums
+
+    def _chunks(self, flat: Tensor) -> tuple[Tensor, ...]:
+        width = flat.shape[1] if self.device.type != "cpu" else max(1, CPU_CHUNK // len(self))
+        return flat.split(width, dim=1)
+
+    def _sizes(self, square_sums: dict[Role, Tensor]) -> dict[str, Tensor]:
+        signals = {}
+        for role, sums in square_sums.items():
+            tensors = [p.flatten(1) for name, p in self.params.items() if self.roles[name] == role]
+            count = sum(t.shape[1] for t in tensors)
+            squares = torch.stack([t.square().sum(1) for t in tensors]).sum(0)
+            signals[f"update_rms/{role}"] = (sums / count).sqrt()
+            signals[f"parameter_rms/{role}"] = (squares / count).sqrt()
+        return signals
+
+
+def _stack(models: Sequence[nn.Module], device: torch.device, dtype: torch.dtype):  # noqa: ANN202
+    """Stacked parameters, buffers, and for each buffer whether it has a member axis (equal constants are shared)."""
+    params, stacked = stack_module_state(list(models))
+    params = {name: p.detach().to(device, dtype, copy=True) for name, p in params.items()}
+    running = {  # buffers that a forward pass writes must be each member's own
+        f"{name}.{b}".removeprefix(".")
+        for name, module in models[0].named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        for b, _ in module.named_buffers(recurse=False)
+    }
+    buffers: dict[str, Tensor] = {}
+    dims: dict[str, int | None] = {}
+    for name, b in stacked.items():
+        shared = name not in running and torch.equal(b, b[:1].expand_as(b))
+        b = b[0] if shared else b
+        buffers[name] = b.to(device, dtype if b.is_floating_point() else None)
+        dims[name] = None if shared else 0
+    return params, buffers, dims
+
+
+def _member_columns(members: Sequence[Member], device: torch.device) -> dict[str, Tensor]:
+    names = ("lr", "weight_decay", "beta1", "beta2", "eps", "z_loss", "clip")
+    return {n: torch.tensor([getattr(m, n) for m in members], device=device, dtype=torch.float64) for n in names}

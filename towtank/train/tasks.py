@@ -1,0 +1,70 @@
+"""Built-in tasks: functions from a cell's keys to a `Task` (torch is imported inside, so that signatures can be read fast)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from towtank.train import corpus as corpora
+
+if TYPE_CHECKING:
+    from towtank.train.task import Batch, Task
+
+
+def gpt(
+    *,
+    width: int,
+    depth: int = 2,
+    head_dim: int = 32,
+    qk_norm: bool = True,
+    context: int = 64,
+    batch: int = 8,
+    heldout_batches: int = 32,
+    corpus: str = "builtin",
+) -> Task:
+    """Next-byte prediction with the proxy decoder (2309.14322's recipe at byte level).
+
+    Args:
+        width: model width, a multiple of `head_dim`.
+        depth: number of blocks.
+        head_dim: dimension of a head.
+        qk_norm: LayerNorm over each head's query and key.
+        context: tokens in a window.
+        batch: windows in a batch.
+        heldout_batches: held-out batches behind every held-out loss.
+        corpus: `builtin`, a file, folder or glob of text, or a `.bin` file of uint16 tokens.
+    """
+    from towtank.losses import cross_entropy
+    from towtank.train.models.gpt import GPT
+    from towtank.train.task import Task
+
+    text = corpora.load(corpus)
+    model = GPT(width=width, depth=depth, head_dim=head_dim, vocabulary=text.vocabulary, context=context, qk_norm=qk_norm)
+    data = Windows(text, batch, context, heldout_batches)
+    return Task(model=model, data=data, loss=cross_entropy, outputs_are_logits=True)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Random windows of a corpus as (inputs, targets) of shape (size, context)."""
+
+    corpus: corpora.Corpus
+    size: int
+    context: int
+    heldout_count: int
+
+    @property
+    def digest(self) -> str:
+        return self.corpus.digest
+
+    def batch(self, seed: int, step: int) -> Batch:
+        import torch
+
+        inputs, targets = corpora.batch(self.corpus, seed, step, size=self.size, context=self.context)
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    def heldout(self) -> list[Batch]:
+        import torch
+
+        pairs = corpora.heldout_batches(self.corpus, batches=self.heldout_count, size=self.size, context=self.context)
+        return [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in pairs]
