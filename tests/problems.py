@@ -100,4 +100,40 @@ def batch_norm_task(*, seed: int = 0) -> Task:
     return Task(model=_seeded(seed, make), data=data, loss=cross_entropy, outputs_are_logits=True)
 
 
+class Recurrent(nn.Module):
+    """A model that vmap has no rule for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(4, 8, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.recurrent(x)[0][:, -1])
+
+
+def recurrent_task(*, seed: int = 0) -> Task:
+    data = Synthetic((5, 4), classes=3)
+    return Task(model=_seeded(seed, Recurrent), data=data, loss=cross_entropy, outputs_are_logits=True)
+
+
+class Branching(nn.Module):
+    """A model that looks at its numbers in Python, which vmap refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(20, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) if x.sum() > -1e9 else x
+
+
+def branching_task(*, seed: int = 0) -> Task:
+    return Task(model=_seeded(seed, Branching), data=Synthetic((20,), classes=5), loss=cross_entropy)
+
+
+def broken_task(*, seed: int = 0) -> Task:
+    return Task(model=_seeded(seed, lambda: nn.Linear(7, 5)), data=Synthetic((20,), classes=5), loss=cross_entropy)
+
+
 PROBLEMS: dict[str, Callable[..., Task]] = {"gpt": gpt_task, "mlp": mlp_task, "cnn": cnn_task, "digits": digits_task}

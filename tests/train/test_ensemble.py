@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.problems import Numbers, PROBLEMS, digits_task
+from tests import problems
+from tests.problems import PROBLEMS, Numbers, digits_task
 from towtank.scaling import plan as plans
 from towtank.train.cells import build_ensemble, train_cells
 from towtank.train.ensemble import Ensemble
@@ -76,7 +77,9 @@ def test_member_equals_its_solo_run_in_float64(name: str, decay: str) -> None:
     if not tasks[0].outputs_are_logits:
         members = [Member(**{**numbers, "z_loss": 0.0}) for numbers in MEMBERS]
     together = ensemble_losses(tasks, members, training)
-    alone = torch.tensor([solo_losses(t, m, training) for t, m in zip(tasks, members, strict=True)], dtype=torch.float64).T
+    alone = torch.tensor(
+        [solo_losses(t, m, training) for t, m in zip(tasks, members, strict=True)], dtype=torch.float64
+    ).T
     assert (together - alone).abs().max() < 1e-9
 
 
@@ -122,7 +125,9 @@ def test_diverged_member_keeps_its_last_finite_parameters() -> None:
 
 
 def test_poisoned_batch_stops_only_the_member_that_drew_it() -> None:
-    cells = [{"task": "tests.problems:poisoned_task", "lr": 1e-3, "seed": s, "steps": 8, "signal_every": 1} for s in (0, 1)]
+    cells = [
+        {"task": "tests.problems:poisoned_task", "lr": 1e-3, "seed": s, "steps": 8, "signal_every": 1} for s in (0, 1)
+    ]
     good, bad = train_cells(cells)
     assert good.status == "done" and bad.status == "diverged"
     assert bad.steps == 4 and bad.final is None  # the batch of seed 1 at step 3 holds a NaN: its update is the fourth
@@ -186,7 +191,9 @@ def test_signals_against_their_definitions() -> None:
         task = PROBLEMS["gpt"](seed=n.seed, width=16)
         model = task.model.double()
         seen: list[torch.Tensor] = []
-        hooks = [b.attention.qkv.register_forward_hook(lambda _m, _i, out, keep=seen: keep.append(out)) for b in model.blocks]
+        hooks = [
+            b.attention.qkv.register_forward_hook(lambda _m, _i, out, keep=seen: keep.append(out)) for b in model.blocks
+        ]
         inputs, targets = task.data.batch(n.seed, 0)
         logits = model(inputs)
         nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
@@ -205,7 +212,9 @@ def test_signals_against_their_definitions() -> None:
         for block, out in zip(model.blocks, seen, strict=True):
             q, k = out.detach().unflatten(-1, (3, -1, block.attention.head_dim))[..., :2, :, :].unbind(-3)
             q, k = block.attention.q_norm(q), block.attention.k_norm(k)
-            angle = torch.outer(torch.arange(q.shape[1]), 1e4 ** (-torch.arange(0, q.shape[-1], 2) / q.shape[-1])).double()
+            angle = torch.outer(
+                torch.arange(q.shape[1]), 1e4 ** (-torch.arange(0, q.shape[-1], 2) / q.shape[-1])
+            ).double()
             turn = torch.polar(torch.ones_like(angle), angle)[:, None]
             half = q.shape[-1] // 2
             q, k = (torch.view_as_real(torch.complex(x[..., :half], x[..., half:]) * turn).flatten(-2) for x in (q, k))
@@ -229,7 +238,9 @@ def test_same_cell_same_numbers_bit_by_bit() -> None:
 
 
 def test_batch_norm_members_keep_their_own_running_statistics() -> None:
-    cells = [{"task": "tests.problems:batch_norm_task", "lr": lr, "steps": 3, "precision": "float64"} for lr in (1e-3, 1e-1)]
+    cells = [
+        {"task": "tests.problems:batch_norm_task", "lr": lr, "steps": 3, "precision": "float64"} for lr in (1e-3, 1e-1)
+    ]
     together = train_cells(cells)
     alone = [train_cells([c])[0] for c in cells]
     for a, b in zip(together, alone, strict=True):
@@ -242,3 +253,20 @@ def test_cells_that_differ_in_structure_are_refused() -> None:
         train_cells([{"width": 32, "lr": 1e-3}, {"width": 64, "lr": 1e-3}])
     with pytest.raises(ValueError, match="at least one cell"):
         train_cells([])
+
+
+@pytest.mark.parametrize("task", ["recurrent_task", "branching_task"])
+def test_a_model_that_cannot_be_batched_trains_one_by_one_and_says_so(task: str) -> None:
+    cells = [{"task": f"tests.problems:{task}", "lr": lr, "steps": 6, "precision": "float64"} for lr in (1e-3, 1e-2)]
+    with pytest.warns(UserWarning, match="one after another"):
+        results = train_cells(cells)
+    training = Training(steps=6, precision="float64")
+    for cell, result in zip(cells, results, strict=True):
+        expected = solo_losses(getattr(problems, task)(seed=0), Member(lr=cell["lr"]), training)
+        assert result.signals["train/loss"][-1] == (6, pytest.approx(expected[-1], abs=1e-9))
+
+
+def test_an_error_of_the_models_own_is_raised_not_hidden() -> None:
+    cells = [{"task": "tests.problems:broken_task", "lr": lr, "steps": 2} for lr in (1e-3, 1e-2)]
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        train_cells(cells)

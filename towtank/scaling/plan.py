@@ -94,7 +94,9 @@ def plan(
     """
     if shapes.keys() != base_shapes.keys():
         odd = sorted(shapes.keys() ^ base_shapes.keys())
-        raise ValueError(f"expected the base model to have the same parameters, got a difference in {odd}; only widths may differ")
+        raise ValueError(
+            f"expected the base model to have the same parameters, got a difference in {odd}; only widths may differ"
+        )
     return {n: multipliers(kind, roles[n], shapes[n], base_shapes[n], decay=decay) for n in shapes}
 
 

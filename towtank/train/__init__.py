@@ -1,0 +1,1 @@
+"""The training loop, ensembles, proxy models and built-in data."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,8 @@ def describe(cell: Cell) -> Description:
     return Description(
         corpus=task.data.digest,
         parameters=parameters,
-        member_bytes=4 * 4 * parameters + 2 * sum(saved.values()),  # twice: the gradients of activations on their way back
+        member_bytes=4 * 4 * parameters
+        + 2 * sum(saved.values()),  # twice: the gradients of activations on their way back
         flops_per_step=float(counter.get_total_flops()),
     )
 
@@ -90,6 +92,8 @@ def train_cells(
 ) -> list[Result]:
     """Train cells that differ only in their numbers as one ensemble.
 
+    A model that `torch.vmap` cannot batch (a recurrent layer, say) is trained member by member, with a warning.
+
     Args:
         cells: flat dicts that agree in every key but those of `Member`.
         device: where to train.
@@ -97,7 +101,20 @@ def train_cells(
 
     Raises:
         ValueError: if the cells differ in more than their numbers.
+        RuntimeError: what the model itself raises.
     """
+    import torch
+
+    try:
+        return _train(cells, device, on_step)
+    except RuntimeError as error:
+        if len(cells) == 1 or isinstance(error, torch.OutOfMemoryError):
+            raise
+        warnings.warn(f"members cannot be batched and train one after another: {_first_line(error)}", stacklevel=2)
+    return [result for cell in cells for result in _train([cell], device, on_step)]
+
+
+def _train(cells: Sequence[Cell], device: str, on_step: Callable[[int, int], None] | None) -> list[Result]:
     from towtank.train.loop import train
 
     ensemble, training = build_ensemble(cells, device)
@@ -105,13 +122,17 @@ def train_cells(
     recorders = [_Recorder() for _ in cells]
     for step in train(ensemble, training):
         columns = {name: values.tolist() for name, values in _columns(step).items()}
-        alive = step.alive.tolist() if columns or step.step == training.steps else []
+        alive = step.alive.tolist() if columns else []
         for index, recorder in enumerate(recorders):
-            recorder.observe(step.step, {name: values[index] for name, values in columns.items()}, alive[index : index + 1])
+            recorder.observe(step.step, {name: v[index] for name, v in columns.items()}, alive[index : index + 1])
         if on_step is not None:
             on_step(step.step, sum(alive) if alive else len(cells))
     share_s = (time.perf_counter() - began) / len(cells)
     return [recorder.result(training.steps, share_s) for recorder in recorders]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def build_task(cell: Cell) -> Task:
@@ -138,7 +159,9 @@ def task_function(name: str) -> Callable[..., Any]:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"task = {name!r}: expected package.module:function, got {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"task = {name!r}: expected package.module:function, got {type(error).__name__}: {error}"
+        ) from error
 
 
 def build_ensemble(cells: Sequence[Cell], device: str = "cpu") -> tuple[Ensemble, Training]:
@@ -160,7 +183,9 @@ def build_ensemble(cells: Sequence[Cell], device: str = "cpu") -> tuple[Ensemble
     by_seed = {m.seed: build_task(c) for m, c in zip(members, cells, strict=True)}
     tasks = [by_seed[m.seed] for m in members]
     model, head = tasks[0].model, tasks[0].head
-    base = build_task({**first, SIZE_OF_BASE: training.base_width}).model if training.parametrization == "mup" else model
+    base = (
+        build_task({**first, SIZE_OF_BASE: training.base_width}).model if training.parametrization == "mup" else model
+    )
     roles = plans.roles(model, head=head)
     if training.parametrization == "mup":
         plans.require_drawn_by_width(model, base, roles)

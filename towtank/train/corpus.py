@@ -6,7 +6,7 @@ import glob
 import hashlib
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,7 +14,9 @@ import numpy as np
 
 HELDOUT_SHARE = 0.1
 BYTES = 256
-_SKIPPED = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3", "turtledemo"})
+_SKIPPED = frozenset(
+    {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,9 @@ def from_text(names: Iterable[str]) -> Corpus:
     for name in names:
         found = list(_matches(name))
         if not found:
-            raise FileNotFoundError(f"corpus = {name!r}: expected a file, a folder or a glob that matches files, found none")
+            raise FileNotFoundError(
+                f"corpus = {name!r}: expected a file, a folder or a glob that matches files, found none"
+            )
         paths.update(dict.fromkeys(found))
     return _split(sorted(paths), ", ".join(names))
 
@@ -138,7 +142,10 @@ def heldout_batches(corpus: Corpus, *, batches: int, size: int, context: int) ->
     """Windows spread evenly over the held-out tokens, the same for every run.
 
     Returns:
-        `batches` pairs of shape (B, T), as in `batch`; fewer windows than asked never repeat: they overlap.
+        `batches` pairs of shape (B, T), as in `batch`; on a short corpus the windows overlap.
+
+    Raises:
+        ValueError: if the held-out part is shorter than a window.
     """
     last = len(corpus.heldout) - context
     if last < 1:
@@ -163,7 +170,11 @@ def _matches(name: str) -> Iterator[Path]:
 
 
 def _split(files: list[Path], name: str) -> Corpus:
-    """Split 90/10 by file, in the order given: a file is held out whenever that keeps the held-out share at a tenth."""
+    """Split 90/10 by file, in the order given: a file is held out whenever that keeps the held-out share at a tenth.
+
+    Raises:
+        ValueError: if there is too little text.
+    """
     parts: dict[bool, list[bytes]] = {False: [], True: []}
     sizes = {False: 0, True: 0}
     for path in files:
@@ -184,7 +195,9 @@ def _split(files: list[Path], name: str) -> Corpus:
 def _memmap(path: Path) -> np.ndarray:
     size = path.stat().st_size
     if size % 2 or not size:
-        raise ValueError(f"corpus = {str(path)!r}: expected uint16 tokens (an even number of bytes above 0), got {size} bytes")
+        raise ValueError(
+            f"corpus = {str(path)!r}: expected uint16 tokens (an even number of bytes above 0), got {size} bytes"
+        )
     return np.memmap(path, dtype=np.uint16, mode="r")
 
 

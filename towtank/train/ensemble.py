@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
+from torch.utils._pytree import tree_map
 
 from towtank.losses import z_loss
 from towtank.optim.descend import clip_scale, descend, member_norms
@@ -110,10 +111,12 @@ class Ensemble:
         def loss(params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
             return self.task.loss(functional_call(self._model, (self._effective(params), buffers), (inputs,)), targets)
 
-        batched = torch.vmap(loss, in_dims=(0, self._buffer_dims, None, None))
+        batched = torch.vmap(loss, in_dims=(0, self._buffer_dims, 0, 0))
+        batched = self._alone(loss) if len(self) == 1 else batched
         total = torch.zeros(len(self), device=self.device)
-        for inputs, targets in batches:
-            total = total + batched(self.params, self._buffers, self._to(inputs), self._to(targets))
+        for batch in batches:
+            inputs, targets = (self._to(x).expand(len(self), *x.shape) for x in batch)
+            total = total + batched(self.params, self._buffers, inputs, targets)
         return total / len(batches)
 
     def freeze(self, dead: Tensor) -> None:
@@ -149,7 +152,19 @@ class Ensemble:
                 probe |= {"log_z/mean": log_z.mean(), "log_z/min": log_z.amin()}
             return total, loss.detach(), probe
 
+        if len(self) == 1:  # nothing to batch: a model that vmap cannot take still trains, alone
+            return self._alone(member)
         return torch.vmap(member, in_dims=(0, self._buffer_dims, 0, 0, 0), randomness="different")
+
+    def _alone(self, member):  # noqa: ANN001, ANN202
+        """The function of one member, called as the batched one is, with a member axis of length 1."""
+
+        def first(params: dict[str, Tensor], buffers: dict[str, Tensor], *rest: Tensor):
+            own = {name: b if self._buffer_dims[name] is None else b[0] for name, b in buffers.items()}
+            result = member({name: p[0] for name, p in params.items()}, own, *(x[0] for x in rest))
+            return tree_map(lambda x: x.unsqueeze(0), result)
+
+        return first
 
     def _gradients(self, batch: Batch, probing: bool) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         self._model.train()
@@ -172,7 +187,9 @@ class Ensemble:
         for name, grad in grads.items():
             factors = self.plan[name]
             own_rate = rate * factors.lr
-            own_shrink = (shrink if self.decay == "independent" else shrink * numbers["lr"] * factors.lr) * factors.weight_decay
+            own_shrink = (
+                shrink if self.decay == "independent" else shrink * numbers["lr"] * factors.lr
+            ) * factors.weight_decay
             own_rate, own_shrink = (x[:, None].to(grad.dtype) for x in (own_rate, own_shrink))
             flat = [t.view(len(self), -1) for t in (self.params[name], *self._state[name])]
             for p, m, v, g in zip(*(self._chunks(t) for t in (*flat, grad.reshape(len(self), -1))), strict=True):

@@ -97,8 +97,13 @@ class Training:
         _require(self.eval_every >= 0, "eval_every", self.eval_every, "0 or more")
         _require(self.signal_every >= 1, "signal_every", self.signal_every, "1 or more")
         _require(self.diverged_at > 1, "diverged_at", self.diverged_at, "more than 1")
-        for name, kind in (("schedule", Schedule), ("decay", Decay), ("parametrization", Parametrization),
-                           ("compile", Compile), ("precision", Precision)):
+        for name, kind in (
+            ("schedule", Schedule),
+            ("decay", Decay),
+            ("parametrization", Parametrization),
+            ("compile", Compile),
+            ("precision", Precision),
+        ):
             value = getattr(self, name)
             _require(value in get_args(kind), name, value, " | ".join(get_args(kind)))
 

@@ -39,7 +39,9 @@ def gpt(
     from towtank.train.task import Task
 
     text = corpora.load(corpus)
-    model = GPT(width=width, depth=depth, head_dim=head_dim, vocabulary=text.vocabulary, context=context, qk_norm=qk_norm)
+    model = GPT(
+        width=width, depth=depth, head_dim=head_dim, vocabulary=text.vocabulary, context=context, qk_norm=qk_norm
+    )
     data = Windows(text, batch, context, heldout_batches)
     return Task(model=model, data=data, loss=cross_entropy, outputs_are_logits=True)
 
@@ -55,15 +57,18 @@ class Windows:
 
     @property
     def digest(self) -> str:
+        """The corpus' digest."""
         return self.corpus.digest
 
     def batch(self, seed: int, step: int) -> Batch:
+        """The batch of a step."""
         import torch
 
         inputs, targets = corpora.batch(self.corpus, seed, step, size=self.size, context=self.context)
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def heldout(self) -> list[Batch]:
+        """Evenly spread held-out windows."""
         import torch
 
         pairs = corpora.heldout_batches(self.corpus, batches=self.heldout_count, size=self.size, context=self.context)

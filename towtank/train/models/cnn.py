@@ -26,6 +26,7 @@ class CNN(nn.Module):
         self.head = nn.Linear(width, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Outputs of a batch of images."""
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = nn.functional.relu(norm(convolution(x)))
         return self.head(x.mean(dim=(-2, -1)))

@@ -38,8 +38,19 @@ class GPT(nn.Module):
         torch.Size([2, 5, 256])
     """
 
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
+
     def __init__(
-        self, *, width: int, depth: int = 2, head_dim: int = 32, vocabulary: int = 256, context: int = 64, qk_norm: bool = True
+        self,
+        *,
+        width: int,
+        depth: int = 2,
+        head_dim: int = 32,
+        vocabulary: int = 256,
+        context: int = 64,
+        qk_norm: bool = True,
     ) -> None:
         super().__init__()
         if head_dim < 2 or head_dim % 2:
@@ -87,7 +98,10 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, probing: bool) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, probing: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block's output and, if probing, its largest attention logit."""
         attended_BTD, logit_max = self.attention(self.attention_norm(x_BTD), cos, sin, mask, probing)
         x_BTD = x_BTD + attended_BTD
         return x_BTD + self.down(F.gelu(self.up(self.mlp_norm(x_BTD)))), logit_max
@@ -107,6 +121,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, cos_TK: Tensor, sin_TK: Tensor, mask_TT: Tensor, probing: bool
     ) -> tuple[Tensor, Tensor | None]:
+        """The attention's output and, if probing, its largest logit."""
         B, T, D = x_BTD.shape
         qkv = self.qkv(x_BTD).view(B, T, 3, D // self.head_dim, self.head_dim)
         q_BHTK, k_BHTK, v_BHTK = qkv.permute(2, 0, 3, 1, 4)

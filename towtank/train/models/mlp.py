@@ -21,6 +21,7 @@ class MLP(nn.Module):
         self.head = nn.Linear(width, outputs, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Outputs of a batch."""
         for layer in self.layers:
             x = nn.functional.gelu(layer(x))
         return self.head(x)
