@@ -12,7 +12,7 @@ from torch import nn
 from tests import problems
 from tests.problems import PROBLEMS, Numbers, digits_task
 from towtank.scaling import plan as plans
-from towtank.train.cells import build_ensemble, train_cells
+from towtank.train.cells import build_ensemble, canonical, train_cells
 from towtank.train.ensemble import Ensemble
 from towtank.train.loop import train
 from towtank.train.settings import Member, Training
@@ -270,3 +270,20 @@ def test_an_error_of_the_models_own_is_raised_not_hidden() -> None:
     cells = [{"task": "tests.problems:broken_task", "lr": lr, "steps": 2} for lr in (1e-3, 1e-2)]
     with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         train_cells(cells)
+
+
+def test_cells_of_one_canonical_form_are_one_run() -> None:
+    cell = {"task": "tests.problems:gpt_task", "width": 16, "lr": 1e-2, "steps": 4, "seed": 2, "base_width": 16}
+    sp, mup = ({**cell, "parametrization": kind} for kind in ("sp", "mup"))
+    wide = {**mup, "width": 32}
+    assert canonical(sp) == canonical(mup) and canonical(wide) != canonical({**wide, "parametrization": "sp"})
+    assert train_cells([sp])[0].signals == train_cells([mup])[0].signals
+
+
+def test_initial_loss_is_each_seeds_own() -> None:
+    cells = [{"task": "tests.problems:gpt_task", "width": 16, "lr": lr, "steps": 1, "seed": seed}
+             for seed in (1, 0) for lr in (1e-3, 1e-2)]  # fmt: skip
+    together = [r.initial for r in train_cells(cells)]
+    alone = [train_cells([c])[0].initial for c in cells]
+    assert together == pytest.approx(alone, rel=1e-6)
+    assert together[0] == together[1] != together[2]

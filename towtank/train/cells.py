@@ -135,6 +135,25 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def canonical(cell: Cell) -> dict[str, Scalar]:
+    """The cell with what does not matter to its run left out: cells of one canonical form are one run.
+
+    muP at the base width multiplies everything by 1, so it is `sp`; `sp` does not look at the base width.
+
+    Example:
+        >>> at_base = {"width": 32, "lr": 0.1, "parametrization": "mup", "base_width": 32}
+        >>> canonical(at_base) == canonical({"width": 32, "lr": 0.1, "parametrization": "sp", "base_width": 64})
+        True
+    """
+    same = dict(cell)
+    base = same.get("base_width", Training.base_width)
+    if same.get("parametrization") == "mup" and same.get(SIZE_OF_BASE) == base:
+        same["parametrization"] = "sp"
+    if same.get("parametrization", "sp") == "sp":
+        same.pop("base_width", None)
+    return same
+
+
 def build_task(cell: Cell) -> Task:
     """Call the cell's task function with its keys, under its seed; the caller's random state is left as it was.
 

@@ -104,28 +104,27 @@ class Ensemble:
         return StepOutput(losses, norms, moved, signals)
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
-        """Mean loss of each member over batches of shape (B, ...) that all members share, (E,)."""
+    def evaluate(self, batches: Sequence[Batch], members: Sequence[int] | None = None) -> Tensor:
+        """Mean loss of members (all of them, or those of the given indices) over batches of shape (B, ...) they share."""
         self._model.eval()
 
         def loss(params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
             return self.task.loss(functional_call(self._model, (self._effective(params), buffers), (inputs,)), targets)
 
-        batched = torch.vmap(loss, in_dims=(0, self._buffer_dims, 0, 0))
-        batched = self._alone(loss) if len(self) == 1 else batched
-        total = torch.zeros(len(self), device=self.device)
+        chosen = slice(None) if members is None else list(members)
+        params = {name: p[chosen] for name, p in self.params.items()}
+        buffers = {name: b if self._buffer_dims[name] is None else b[chosen] for name, b in self._buffers.items()}
+        count = len(self) if members is None else len(members)
+        batched = torch.vmap(loss, in_dims=(0, self._buffer_dims, 0, 0)) if count > 1 else self._alone(loss)
+        total = torch.zeros(count, device=self.device)
         for batch in batches:
-            inputs, targets = (self._to(x).expand(len(self), *x.shape) for x in batch)
-            total = total + batched(self.params, self._buffers, inputs, targets)
+            inputs, targets = (self._to(x).expand(count, *x.shape) for x in batch)
+            total = total + batched(params, buffers, inputs, targets)
         return total / len(batches)
 
     def freeze(self, dead: Tensor) -> None:
         """Stop the members where `dead` (E,) is true: they keep their last parameters and no longer move."""
         self.alive = self.alive & ~dead
-
-    def member_parameters(self, index: int) -> dict[str, Tensor]:
-        """A copy of one member's parameters by name."""
-        return {name: p[index].clone() for name, p in self.params.items()}
 
     def _to(self, x: Tensor) -> Tensor:
         return x.to(self.device, self._dtype if x.is_floating_point() else None)

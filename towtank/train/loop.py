@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +47,7 @@ def train(ensemble: Ensemble, training: Training) -> Iterator[Step]:
         `Step` 0 (evaluated, nothing trained), then one per update; the last is evaluated.
     """
     heldout = list(ensemble.task.data.heldout())
-    initial = ensemble.evaluate(heldout)
+    initial = _initial_loss(ensemble, heldout)
     ensemble.freeze(~initial.isfinite())
     yield Step(0, None, initial, ensemble.alive, {})
     for step in range(training.steps):
@@ -64,6 +64,14 @@ def train(ensemble: Ensemble, training: Training) -> Iterator[Step]:
         yield Step(step + 1, out.loss, ensemble.evaluate(heldout) if evaluating else None, ensemble.alive, signals)
         if probing and not bool(ensemble.alive.any()):
             return
+
+
+def _initial_loss(ensemble: Ensemble, heldout: Sequence[Batch]) -> Tensor:
+    """Held-out loss before training: members of one seed start alike, so one of each is evaluated."""
+    seeds = [m.seed for m in ensemble.members]
+    distinct = list(dict.fromkeys(seeds))
+    losses = ensemble.evaluate(heldout, [seeds.index(seed) for seed in distinct])
+    return losses[[distinct.index(seed) for seed in seeds]]
 
 
 def _batch(ensemble: Ensemble, step: int) -> Batch:
