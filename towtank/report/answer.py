@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from towtank.estimate import Interval, Verdict
+from towtank.laws.fit import Backtest as Backtest
+
+if TYPE_CHECKING:
+    from towtank.report.analysis import Analysis
+    from towtank.study.record import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +51,6 @@ class LawResult:
     line: tuple[tuple[float, Interval], ...]  # (size, law), to draw, over the fitted sizes and up to the target
     verdict: Verdict
     backtest: Backtest | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Backtest:
-    """The largest size was hidden and predicted from the others."""
-
-    size: float
-    predicted: Interval
-    measured: Interval
-    factor: float  # max(predicted/measured, measured/predicted)
-    hit: bool  # the interval of the prediction contains the measured value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,3 +131,106 @@ class Answer:
     time_s: float = 0.0  # sum over runs
     reproduce: tuple[str, ...] = ()  # commands
     warnings: tuple[str, ...] = ()  # damaged records and the like
+
+
+def answer(
+    records: Sequence[Record],
+    *,
+    study: str = "",
+    question: str = "",
+    size_axis: str | None = None,
+    target: float | None = None,
+    warnings: Sequence[str] = (),
+) -> Answer:
+    """Everything that can be told from the records of a study.
+
+    Runs are split into arms by every key that varies and is neither learning rate, seed nor size. Laws are fitted to the
+    stages `grid` and `refine`; the stage `verify` only judges them. Failed runs are listed and counted, not fitted.
+
+    Args:
+        records: the runs, in any order.
+        study: its name; empty: that of the records.
+        question: what was asked.
+        size_axis: the key along which runs grow; None: `width` or `depth` if it varies, else the only integer key that does.
+        target: the size to predict; None: that of the verification runs, if there are any.
+        warnings: what to tell besides, for example damaged records.
+
+    Raises:
+        ValueError: if the target is not positive, or no record has the size axis.
+    """
+    from towtank.report import grouping, sentence  # here, because they import the structures above
+
+    axis = _axis(records, size_axis)
+    groups = grouping.split(records, axis)
+    if target is None:
+        target = max((grouping.size_of(r, axis) for g in groups for r in g.records if r.stage == "verify"), default=None)
+    arms = tuple(_arm(analysis, target) for analysis in _analyses(records, axis))
+    runs = tuple(_row(r, g.name, axis) for g in groups for r in g.records)
+    names = sorted({r.study for r in records if r.study})
+    return Answer(
+        study=study or ", ".join(names), question=question, sentence=sentence.write(arms, axis, target),
+        verdict=sentence.main_verdict(arms, target), size_axis=axis, target=target, arms=arms, runs=runs,
+        counts=dict(sorted(Counter(r.status for r in records).items())), fixed=grouping.shared(records),
+        environment=grouping.joined(r.environment for r in records),
+        corpus=", ".join(sorted({r.corpus for r in records if r.corpus})), time_s=sum(r.time_s for r in records),
+        warnings=(*warnings, *_own_warnings(records, len(runs))))
+
+
+def predict(records: Sequence[Record], size: float, *, size_axis: str | None = None) -> tuple[Prediction, ...]:
+    """What each arm says about a size, from the stages `grid` and `refine`.
+
+    Args:
+        records: the runs, in any order.
+        size: the size to predict.
+        size_axis: as in `answer`.
+
+    Raises:
+        ValueError: if the size is not positive, or no record has the size axis.
+    """
+    from towtank.report.analysis import predict_at
+
+    return tuple(predict_at(analysis, size) for analysis in _analyses(records, _axis(records, size_axis)))
+
+
+def _axis(records: Sequence[Record], asked: str | None) -> str:
+    from towtank.report import grouping
+
+    if asked is None:
+        return grouping.size_axis(records)
+    if records and not any(asked in r.config for r in records):
+        keys = sorted({key for r in records for key in r.config} - {"lr", "seed"})
+        raise ValueError(f"size_axis = {asked!r}: expected a key of the runs, one of {', '.join(keys)}")
+    return asked
+
+
+def _analyses(records: Sequence[Record], axis: str) -> list[Analysis]:
+    from towtank.report import analysis, grouping
+
+    return [analysis.analyse(group, axis) for group in grouping.split(records, axis)]
+
+
+def _arm(analysed: Analysis, target: float | None) -> Arm:
+    from towtank.report import analysis, verification
+
+    prediction = None if target is None else analysis.predict_at(analysed, target)
+    lr_law, loss_law, attention_laws = analysis.law_results(analysed, target)
+    return Arm(
+        name=analysed.group.name, settings=analysed.group.settings, sizes=analysis.size_results(analysed), lr_law=lr_law,
+        loss_law=loss_law, attention_laws=attention_laws, prediction=prediction,
+        verification=None if prediction is None else verification.verify(analysed, prediction))
+
+
+def _row(record: Record, arm: str, axis: str) -> RunRow:
+    from towtank.report import grouping
+
+    return RunRow(
+        id=record.id, arm=arm, stage=record.stage, size=grouping.size_of(record, axis), lr=grouping.rate_of(record),
+        seed=grouping.seed_of(record), status=record.status, steps=record.steps, loss=grouping.loss_of(record),
+        attention_logit_max=grouping.logit_of(record), time_s=record.time_s, reason=record.reason)
+
+
+def _own_warnings(records: Sequence[Record], listed: int) -> list[str]:
+    failed = sum(r.status in ("failed", "oom") for r in records)
+    said = [f"{failed} runs failed or ran out of memory: they are counted, not fitted"] if failed else []
+    lost = len(records) - listed
+    return said + ([f"{lost} records have no positive learning rate or size and are left out"] if lost else [])
