@@ -59,7 +59,7 @@ def describe(cell: Cell) -> Description:
 
     Example:
         >>> describe({"width": 32, "lr": 0.01}).parameters
-        41184
+        41248
     """
     import torch
     from torch.autograd.graph import saved_tensors_hooks

@@ -17,13 +17,13 @@ from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_map
 
 from towtank.losses import z_loss
-from towtank.optim.descend import clip_scale, descend, member_norms
+from towtank.optim.descend import clip_scale, descend_, member_norms
 from towtank.optim.rules import adamw
 from towtank.scaling.plan import Plan, Role
 from towtank.train.settings import Member
 from towtank.train.task import Batch, Task
 
-CPU_CHUNK = 32_768  # numbers per elementwise pass on a CPU: the rule's dozen operations then stay in cache
+CPU_CHUNK = 65_536  # numbers per elementwise pass on a CPU: the rule's dozen operations then stay in cache
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,7 @@ class Ensemble:
         masked = self.device.type != "cpu" or not bool(moved.all())
         clip = clip_scale(norms, numbers["clip"].to(norms.dtype))
         rate, shrink = scale * numbers["lr"] * moved, scale * numbers["weight_decay"] * moved
+        hyper = adamw.Hyper(*(numbers[k][:, None] for k in ("beta1", "beta2", "eps")))
         sums: dict[Role, Tensor] = {}
         for name, grad in grads.items():
             factors = self.plan[name]
@@ -195,11 +196,8 @@ class Ensemble:
                 g = g * clip[:, None]
                 if masked:
                     g = torch.where(moved[:, None], g, 0.0)
-                hyper = adamw.Hyper(*(numbers[k][:, None] for k in ("beta1", "beta2", "eps")))
-                direction, state = adamw.direction(g, adamw.State(m, v), hyper, self.updates)
-                m.copy_(state.m)
-                v.copy_(state.v)
-                p.copy_(descend(p, direction, own_rate, own_shrink))
+                direction = adamw.direction_(g, adamw.State(m, v), hyper, self.updates)
+                descend_(p, direction, own_rate, own_shrink)
                 if probing:
                     role = self.roles[name]
                     sums[role] = sums.get(role, 0.0) + direction.square().sum(1)
