@@ -1,0 +1,1 @@
+"""Studies: what to run, the runs themselves, and their records on disk."""

@@ -1,0 +1,127 @@
+"""Cells hold all that decides a run; ensembles are the members that may train together."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import light_task
+import pytest
+
+from towtank.study.config import Refine, Study, Verify
+from towtank.study.errors import ConfigError
+from towtank.study.grid import Describer, cell_id, ensemble_key, expand, make_jobs
+from towtank.study.record import Loss, Record
+from towtank.study.stages import refine_cells, verify_cells
+from towtank.train.settings import MEMBER_KEYS, TRAINING_KEYS
+
+STUDY = Study(
+    name="x",
+    task=light_task.TASK,
+    grid={"kind": ["a", "b"], "width": [32, 64], "lr": {"log2": [-12, -4]}, "seed": [0, 1]},
+    refine=Refine(seeds=(2,), points=3),
+    verify=Verify(target=256, seeds=(0, 1)),
+)
+CELLS = expand(STUDY)[0]
+RUNS = Describer(light_task.describe).runs(CELLS, "grid")
+
+
+def records(cells, loss=light_task.loss, status="done", stage="grid") -> list[Record]:
+    made = []
+    for cell in cells:
+        out = Loss(initial=5.5, final=loss(cell) if status == "done" else None)
+        made.append(Record(id=cell_id(cell, "light"), config=cell, status=status, steps=200, loss=out, stage=stage))
+    return made
+
+
+def test_a_cell_holds_everything_that_decides_its_run() -> None:
+    assert len(CELLS) == 2 * 2 * 9 * 2
+    task = {"task", "width", "depth", "kind", "sleep", "trace", "fault"}
+    assert set(CELLS[0]) == MEMBER_KEYS | TRAINING_KEYS | task
+    assert len({run.id for run in RUNS}) == len(CELLS)
+
+
+def test_identity_depends_on_every_key_and_the_corpus_and_on_no_order() -> None:
+    cell = CELLS[0]
+    assert cell_id(dict(reversed(cell.items())), "light") == cell_id(cell, "light")
+    changed = [cell | {key: "other"} for key in cell]
+    ids = {cell_id(c, "light") for c in [cell, *changed]} | {cell_id(cell, "another corpus")}
+    assert len(ids) == len(cell) + 2
+
+
+def test_one_and_one_point_zero_are_one_run() -> None:
+    for lr in (1, 1.0):
+        study = Study(name="x", task=light_task.TASK, grid={"width": [2], "lr": [lr]})
+        assert expand(study)[0][0]["lr"] == 1.0 and isinstance(expand(study)[0][0]["lr"], float)
+
+
+def test_describe_is_asked_once_for_each_ensemble() -> None:
+    asked = []
+    describer = Describer(lambda cell: asked.append(cell) or light_task.describe(cell))
+    describer.runs(CELLS, "grid")
+    assert len(asked) == 4
+
+
+def test_what_the_task_refuses_is_an_error_of_the_study() -> None:
+    study = Study(name="x", task=light_task.TASK, grid={"width": [33], "lr": [0.1]})
+    with pytest.raises(ConfigError, match="width = 33: expected a multiple of 2") as caught:
+        Describer(light_task.describe).runs(expand(study)[0], "grid")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("workers", "memory"), [*itertools.product([1, 2, 8], [1.0, 300.0, 1e9])])
+def test_jobs_hold_each_run_once_and_fit_memory_and_workers(workers: int, memory: float) -> None:
+    jobs = make_jobs(RUNS, workers=workers, memory=memory)
+    assert sorted(run.id for job in jobs for run in job.runs) == sorted(run.id for run in RUNS)
+    costs = [job.cost for job in jobs]
+    assert costs == sorted(costs, reverse=True)
+    for job in jobs:
+        assert len({ensemble_key(run.cell) for run in job.runs}) == 1
+        assert len(job.runs) == 1 or len(job.runs) * job.runs[0].about.member_bytes <= memory / workers
+    if workers > 1:
+        assert len(jobs) >= 2 * workers
+    if workers == 1 and memory == 1e9:
+        assert len(jobs) == 4
+
+
+def test_refinement_adds_seeds_at_the_rates_around_each_optimum() -> None:
+    planned = refine_cells(STUDY, CELLS, records(CELLS))
+    assert planned.notes == []
+    for kind, width in itertools.product(["a", "b"], [32, 64]):
+        rates = sorted(c["lr"] for c in planned.cells if (c["kind"], c["width"]) == (kind, width))
+        nearest = 2.0 ** round(math.log2(0.1 / width))
+        assert rates == [nearest / 2, nearest, nearest * 2]
+    assert {cell["seed"] for cell in planned.cells} == {2} and set(planned.cells[0]) == set(CELLS[0])
+
+
+def test_refinement_leaves_edges_and_unfinished_sizes_alone() -> None:
+    edge = refine_cells(STUDY, CELLS, records(CELLS, loss=lambda cell: cell["lr"]))
+    assert edge.cells == [] and len(edge.notes) == 4 and "edge of the grid" in edge.notes[0]
+    assert refine_cells(STUDY, CELLS, records(CELLS, status="diverged")).cells == []
+    assert refine_cells(STUDY, CELLS, []).cells == []
+
+
+def test_a_rate_at_which_one_seed_diverged_is_not_the_best() -> None:
+    made = records(CELLS)
+    best = min(made[:18], key=lambda r: r.loss.final)
+    made = [r if r is not best else records([r.config], status="diverged")[0] for r in made]
+    planned = refine_cells(STUDY, CELLS, made)
+    rates = sorted(c["lr"] for c in planned.cells if c["kind"] == "a" and c["width"] == 32)
+    assert best.config["lr"] != rates[1]
+
+
+def test_verification_tries_the_target_around_the_rate_of_each_arm() -> None:
+    seen = []
+
+    def predict(own, size):
+        seen.append({(r.config["kind"], r.stage) for r in own})
+        return (0.1 / size, "") if own[0].config["kind"] == "a" else (None, "not bracketed")
+
+    made = records(CELLS) + records([CELLS[0] | {"width": 256}], stage="verify")
+    planned = verify_cells(STUDY, CELLS, made, predict)
+    assert seen == [{("a", "grid")}, {("b", "grid")}]
+    assert planned.notes == ["kind=b: not verified, no prediction (not bracketed)"]
+    tried = [(c["kind"], c["width"], c["lr"], c["seed"]) for c in planned.cells]
+    rates = [0.000195, 0.000391, 0.000781]
+    assert tried == [("a", 256, rate, seed) for rate in rates for seed in (0, 1)]
+    assert all(type(cell["width"]) is int for cell in planned.cells)

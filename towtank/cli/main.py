@@ -1,0 +1,150 @@
+"""The commands: what is asked on the command line, and which exit code answers it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+OK, REFUSED, USAGE, RUNS_FAILED, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+EXIT_CODES = "Exit codes: 0 ok; 1 no answer, or the verification failed; 2 usage; 3 some runs failed; 4 environment; 130 interrupted."
+
+app = typer.Typer(
+    name="towtank",
+    help="Know how a neural network will train before you pay for the big run.",
+    epilog=EXIT_CODES,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on the standard output.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of a sweep.", metavar="FOLDER", show_default=False)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what follows the program's name.
+
+    Returns:
+        The exit code; every error has become one line on the error stream (TOWTANK_DEBUG=1 shows its traceback).
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # tasks of the user, beside their study
+    try:
+        code = typer.main.get_command(app).main(arguments, prog_name="towtank", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else OK
+    except BrokenPipeError:  # the reader of our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception as error:
+        if os.environ.get("TOWTANK_DEBUG"):
+            raise
+        return _report_error(error)
+
+
+@app.callback(invoke_without_command=True)
+def _towtank(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
+    if version:
+        import towtank
+
+        print(towtank.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def studies(json: Json = False) -> None:
+    """List the built-in studies."""
+    from towtank.cli.output import print_json
+    from towtank.study.load import builtin_studies
+
+    found = builtin_studies()
+    if json:
+        print_json("studies", studies=found)
+        return
+    width = max(map(len, found))
+    for name, question in found.items():
+        print(f"{name:{width}}  {question}")
+
+
+@app.command()
+def sweep(
+    study: Annotated[str, typer.Argument(help="A TOML file, or the name of a built-in study.", metavar="STUDY")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the records and the report [runs/NAME].")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the grid, what is done, time, memory.")] = False,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1, mps.")] = "cpu",
+    workers: Annotated[int | None, typer.Option(min=1, help="Ensembles trained at a time [one a processor].")] = None,
+    memory: Annotated[str | None, typer.Option(help="Memory for all of them, such as 4GB [half of what is free].")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, max=10_000, help="Run the grid with this many seeds.")] = None,
+    json: Json = False,
+) -> int:
+    """Run what is missing of a study, then answer it.
+
+    The same command again goes on where it stopped.
+    """
+    from towtank.cli import sweeping
+
+    request = sweeping.prepare(study, out, device, workers, memory, seeds)
+    return sweeping.plan(request, json) if dry_run else sweeping.run(request, json)
+
+
+@app.command()
+def predict(
+    folder: Folder,
+    width: Annotated[float | None, typer.Option(help="Width of the model to predict.")] = None,
+    depth: Annotated[float | None, typer.Option(help="Depth of the model to predict.")] = None,
+    size: Annotated[float | None, typer.Option(help="Size of the model to predict, in the study's own size key.")] = None,
+    json: Json = False,
+) -> int:
+    """Learning rate, loss and stability of a model of another size."""
+    from towtank.cli import answering
+
+    return answering.predict(folder, {"width": width, "depth": depth, "size": size}, json)
+
+
+@app.command()
+def report(
+    folder: Folder,
+    open_page: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
+    json: Json = False,
+) -> int:
+    """Answer the study of a folder from its records, and write its report.html anew."""
+    from towtank.cli import answering
+
+    return answering.report(folder, json, open_page=open_page)
+
+
+def _report_error(error: Exception) -> int:
+    from towtank.study.errors import ConfigError, FolderError, plain
+
+    usage = getattr(error, "format_message", None)  # errors of the option parser
+    if usage is not None:
+        command = getattr(getattr(error, "ctx", None), "command_path", "towtank")
+        return _fail(f"{' '.join(usage().split())} (see {command} --help)", USAGE)
+    if type(error).__name__ == "Abort":
+        return _fail("interrupted", INTERRUPTED)
+    if isinstance(error, ConfigError):
+        return _fail(str(error), USAGE)
+    if isinstance(error, FolderError | OSError | ImportError):
+        return _fail(str(error) or type(error).__name__, ENVIRONMENT)
+    what = plain(" ".join(str(error).split())[:300])
+    return _fail(f"{type(error).__name__}: {what} (TOWTANK_DEBUG=1 shows where)", ENVIRONMENT)
+
+
+def _fail(text: Any, code: int) -> int:
+    from towtank.study.errors import plain
+
+    print(f"towtank: {plain(text)}", file=sys.stderr)
+    return code

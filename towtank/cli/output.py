@@ -1,0 +1,33 @@
+"""What goes to the standard output: JSON with a version, or text on a console."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+JSON_SCHEMA = 1
+
+
+def print_json(command: str, **content: Any) -> None:
+    """Print one JSON object: `schema`, `command` and the content; NaN and infinity are null."""
+    import msgspec
+
+    text = msgspec.json.encode({"schema": JSON_SCHEMA, "command": command, **content}, enc_hook=str)
+    sys.stdout.write(text.decode() + "\n")
+
+
+def console() -> Console:
+    """A console on the standard output that honours NO_COLOR, TERM=dumb and the width of the terminal."""
+    from rich.console import Console
+
+    return Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
+
+
+def say(text: str) -> None:
+    """One line on the error stream, without control characters."""
+    from towtank.study.errors import plain
+
+    print(plain(text), file=sys.stderr, flush=True)
