@@ -9,8 +9,8 @@ import numpy as np
 
 from towtank.estimate import Interval, Verdict, finite
 from towtank.laws.fit import Fit, fit_points
-from towtank.laws.law import PowerLaw, loss_point, pooled_between, rate_point
-from towtank.laws.levels import Noise
+from towtank.laws.law import PowerLaw, loss_point, rate_point, spread_alike
+from towtank.laws.levels import Noise, pool
 from towtank.laws.optimum import Optimum, find_optimum
 from towtank.laws.sensitivity import lr_sensitivity
 from towtank.report.answer import LawResult, Prediction, RatePoint, SizeResult
@@ -36,28 +36,23 @@ class Analysis:
     @property
     def noise(self) -> Noise | None:
         """Run-to-run variance near the optimum, over all sizes."""
-        known = [o.noise for o in self.optima.values() if o.noise is not None]
-        return None if not known else _pool(known)
+        return pool(o.noise for o in self.optima.values())
 
 
 def analyse(group: Group, axis: str) -> Analysis:
     """Fit everything that is fitted to an arm; runs of the stage `verify` are not."""
     records = [r for r in group.records if r.stage != "verify" and r.status in FITTED_STATUS]
     by_size = {s: [r for r in records if size_of(r, axis) == s] for s in sorted({size_of(r, axis) for r in records})}
-    first = {s: optimum_of(rows) for s, rows in by_size.items()}
-    between = pooled_between(list(first.values()))
-    optima = {s: optimum_of(rows, between=between, random_seed=i) for i, (s, rows) in enumerate(by_size.items())}
+    optima = spread_alike({s: optimum_of(rows, random_seed=i) for i, (s, rows) in enumerate(by_size.items())})
     lr_fit = fit_points([rate_point(s, o) for s, o in optima.items()], law="learning rate")
     loss_fit = fit_points([loss_point(s, o) for s, o in optima.items()], law="best loss", degrees=(1, 2))
     return Analysis(group, axis, optima, lr_fit, loss_fit, _attention_fits(records, axis))
 
 
-def optimum_of(
-    records: Sequence[Record], *, noise: Noise | None = None, between: Noise | None = None, random_seed: int = 0
-) -> Optimum:
+def optimum_of(records: Sequence[Record], *, noise: Noise | None = None, random_seed: int = 0) -> Optimum:
     """The optimum of runs of one arm and size."""
     return find_optimum([rate_of(r) for r in records], [loss_of(r) for r in records], [seed_of(r) for r in records],
-                        noise=noise, between=between, random_seed=random_seed)
+                        noise=noise, random_seed=random_seed)
 
 
 def size_results(analysis: Analysis) -> tuple[SizeResult, ...]:
@@ -177,14 +172,6 @@ def _logit_at(analysis: Analysis, size: float, lr: float) -> Interval | None:
         return None
     a, b = fits[low].predict(size), fits[high].predict(size)
     share = 0.0 if low == high else float(np.clip(np.log(lr / low) / np.log(high / low), 0, 1))
-    value, bottom, top = (x ** (1 - share) * y**share for x, y in ((a.value, b.value), (a.low, b.low), (a.high, b.high)))
+    ends = (a.value, b.value), (a.low, b.low), (a.high, b.high)
+    value, bottom, top = (x ** (1 - share) * y**share for x, y in ends)
     return Interval(value, min(bottom, value), max(top, value), a.level)
-
-
-def _pool(noises: Sequence[Noise]) -> Noise:
-    total = noises[0]
-    for noise in noises[1:]:
-        total = total.pool(noise)
-    return total
-
-

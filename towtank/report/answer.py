@@ -144,14 +144,15 @@ def answer(
 ) -> Answer:
     """Everything that can be told from the records of a study.
 
-    Runs are split into arms by every key that varies and is neither learning rate, seed nor size. Laws are fitted to the
-    stages `grid` and `refine`; the stage `verify` only judges them. Failed runs are listed and counted, not fitted.
+    Runs are split into arms by every key that varies and is neither learning rate, seed nor size. Laws are fitted to
+    the stages `grid` and `refine`; the stage `verify` only judges them. Failed runs are listed and counted, not fitted.
 
     Args:
         records: the runs, in any order.
         study: its name; empty: that of the records.
         question: what was asked.
-        size_axis: the key along which runs grow; None: `width` or `depth` if it varies, else the only integer key that does.
+        size_axis: the key along which runs grow; None: `width` or `depth` if it varies, else the only integer key that
+            does.
         target: the size to predict; None: that of the verification runs, if there are any.
         warnings: what to tell besides, for example damaged records.
 
@@ -163,7 +164,8 @@ def answer(
     axis = _axis(records, size_axis)
     groups = grouping.split(records, axis)
     if target is None:
-        target = max((grouping.size_of(r, axis) for g in groups for r in g.records if r.stage == "verify"), default=None)
+        verified = [r for g in groups for r in g.records if r.stage == "verify"]
+        target = max((grouping.size_of(r, axis) for r in verified), default=None)
     arms = tuple(_arm(analysis, target) for analysis in _analyses(records, axis))
     runs = tuple(_row(r, g.name, axis) for g in groups for r in g.records)
     names = sorted({r.study for r in records if r.study})
@@ -215,8 +217,8 @@ def _arm(analysed: Analysis, target: float | None) -> Arm:
     prediction = None if target is None else analysis.predict_at(analysed, target)
     lr_law, loss_law, attention_laws = analysis.law_results(analysed, target)
     return Arm(
-        name=analysed.group.name, settings=analysed.group.settings, sizes=analysis.size_results(analysed), lr_law=lr_law,
-        loss_law=loss_law, attention_laws=attention_laws, prediction=prediction,
+        name=analysed.group.name, settings=analysed.group.settings, sizes=analysis.size_results(analysed),
+        lr_law=lr_law, loss_law=loss_law, attention_laws=attention_laws, prediction=prediction,
         verification=None if prediction is None else verification.verify(analysed, prediction))
 
 

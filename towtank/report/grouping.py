@@ -34,8 +34,9 @@ def size_axis(records: Iterable[Record]) -> str:
 
     Example:
         >>> from towtank.study.record import Loss
-        >>> runs = [Record(id=str(n), config={"lr": 0.1, "hidden": n}, status="done", steps=1, loss=Loss()) for n in (8, 16)]
-        >>> size_axis(runs)
+        >>> def run(n):
+        ...     return Record(id=str(n), config={"lr": 0.1, "hidden": n}, status="done", steps=1, loss=Loss())
+        >>> size_axis([run(8), run(16)])
         'hidden'
     """
     values = _values(records)
@@ -43,14 +44,15 @@ def size_axis(records: Iterable[Record]) -> str:
     for key in ("width", "depth"):
         if key in varying:
             return key
-    whole = [key for key in varying if key not in ("lr", "seed", "corpus") and all(map(_is_size, seen_values(values[key])))]
+    others = [key for key in varying if key not in ("lr", "seed", "corpus")]
+    whole = [key for key in others if all(map(_is_size, seen_values(values[key])))]
     if len(whole) == 1:
         return whole[0]
     return next((key for key in ("width", "depth") if key in values), "size")
 
 
 def split(records: Sequence[Record], axis: str) -> tuple[Group, ...]:
-    """Arms: every key that varies, and is neither learning rate, seed nor size axis, tells arms apart; so does the corpus."""
+    """Arms: every key that varies, and is neither learning rate, seed nor size, tells them apart; so does the corpus."""
     usable = [r for r in records if usable_config(r, axis)]
     values = _values(usable)
     keys = sorted(key for key, seen in values.items() if len(seen) > 1 and key not in ("lr", "seed", axis))
@@ -149,4 +151,5 @@ def _positive(value: object) -> bool:
 def _name(settings: Mapping[str, object]) -> str:
     if not settings:
         return "all runs"
-    return ", ".join(v if isinstance(v, str) and v and key != "corpus" else f"{key}={str(v)[:12]}" for key, v in settings.items())
+    words = {key for key, value in settings.items() if isinstance(value, str) and value and key != "corpus"}
+    return ", ".join(str(v) if key in words else f"{key}={str(v)[:12]}" for key, v in settings.items())

@@ -13,8 +13,8 @@ def main_verdict(arms: Sequence[Arm], target: float | None) -> Verdict:
     """The verdict of an answer with several arms.
 
     An arm that refuses does not silence the others: the answer is as good as the worst arm that answers, `weak` at best
-    if some arm refuses, and `refuse` only if all do. An arm answers with its prediction where there is a target, else with
-    the optimum of its largest size. A prediction that did not hold, or could not be verified, makes its arm `weak`.
+    if some arm refuses, and `refuse` only if all do. An arm answers with its prediction where there is a target, else
+    with the optimum of its largest size. A prediction that did not hold, or could not be verified, makes its arm `weak`.
     """
     if not arms:
         return Verdict("refuse", "no runs to answer from")
@@ -27,7 +27,8 @@ def main_verdict(arms: Sequence[Arm], target: float | None) -> Verdict:
         if verdict.status != "ok":
             reason = f"cannot tell, {verdict.reason}" if verdict.status == "refuse" else verdict.reason
             doubts.setdefault(reason, []).append(name)
-    return Verdict("weak", "; ".join(f"{', '.join(who)}: {why}" for why, who in doubts.items())) if doubts else Verdict("ok")
+    said = "; ".join(f"{', '.join(who)}: {why}" for why, who in doubts.items())
+    return Verdict("weak", said) if doubts else Verdict("ok")
 
 
 def write(arms: Sequence[Arm], axis: str, target: float | None) -> str:
@@ -38,7 +39,8 @@ def write(arms: Sequence[Arm], axis: str, target: float | None) -> str:
         return _without_target(arms, axis)
     uses = "; ".join(f"{_called(arm, arms)}{_use(arm)}" for arm in arms)
     checks = "; ".join(f"{_called(arm, arms)}{_check(arm)}" for arm in arms if arm.verification is not None)
-    return f"At {axis} {target:g}, {uses}" + (f". Verified: {checks}." if checks else ". Not verified by runs at that size.")
+    proof = f"Verified: {checks}." if checks else "Not verified by runs at that size."
+    return f"At {axis} {target:g}, {uses}. {proof}"
 
 
 def _arm_verdict(arm: Arm, target: float | None) -> Verdict:
@@ -48,7 +50,8 @@ def _arm_verdict(arm: Arm, target: float | None) -> Verdict:
         return Verdict("refuse", "no prediction")
     verdict, check = arm.prediction.verdict, arm.verification
     if check is not None and not check.held and verdict.status != "refuse":
-        verdict = verdict.worse(Verdict("weak", f"verification {'missed' if check.held is False else 'open'}: {check.reason}"))
+        word = "missed" if check.held is False else "open"
+        verdict = verdict.worse(Verdict("weak", f"verification {word}: {check.reason}"))
     return verdict
 
 
@@ -81,7 +84,8 @@ def _state(size: SizeResult, axis: str, largest: float) -> str:
         parts.append(f"learning-rate sensitivity {size.sensitivity:.2g} nats")
     logits = [(r.attention_logit_max, r.lr) for r in size.rates if r.attention_logit_max is not None]
     if logits:
-        parts.append(f"largest attention logit {_number(max(logits)[0])} (at learning rate {format_rate(max(logits)[1])})")
+        logit, lr = max(logits)
+        parts.append(f"largest attention logit {_number(logit)} (at learning rate {format_rate(lr)})")
     diverged = sum(r.diverged for r in size.rates)
     if diverged:
         parts.append(f"{diverged} of {sum(r.runs for r in size.rates)} runs diverged")

@@ -20,11 +20,12 @@ NEAR = 0.25  # octaves: a run so near the predicted rate was a run at it
 
 
 def verify(analysis: Analysis, prediction: Prediction) -> Verification | None:
-    """Judge a prediction by the runs of the stage `verify` at its size; None if there are none, or nothing was predicted.
+    """Judge a prediction by the runs of the stage `verify` at its size; None if there are none, or no prediction.
 
     The prediction held if the optimum measured there (by the same fit as elsewhere, with the run-to-run variance of the
-    other sizes pooled in) lies in the predicted interval, or if the loss at the predicted rate exceeds the best by no more
-    than the noise of a difference of two levels explains. It is not told while fewer than three rates have been tried.
+    other sizes pooled in) lies in the predicted interval, or if the loss at the predicted rate exceeds the best by no
+    more than the noise of a difference of two levels explains. It is not told while fewer than three rates have been
+    tried.
     """
     own = [r for r in analysis.group.records if r.stage == "verify"]
     records = [r for r in own if size_of(r, analysis.axis) == prediction.size]
