@@ -17,6 +17,7 @@ test: $(VENV)/.dev ## the test suite
 
 check: $(VENV)/.dev ## style, types and layers
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q tests/test_layers.py
 

@@ -295,14 +295,23 @@ def test_a_closed_standard_output_is_no_error(swept: Path) -> None:
 
 @pytest.mark.parametrize("command", [["report", "runs/mine"], ["sweep", "mine.toml", "--dry-run"], ["--help"]])
 def test_a_poor_terminal_gets_readable_ascii(swept: Path, command: list[str]) -> None:
-    poor = {"TERM": "dumb", "NO_COLOR": "1", "COLUMNS": "40", "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    poor = {
+        "TERM": "dumb",
+        "NO_COLOR": "1",
+        "COLUMNS": "40",
+        "LC_ALL": "C",
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONUTF8": "0",
+    }
     code, out, err = shell(*command, cwd=swept, **poor)
     assert code == 0 and out.isascii() and err.isascii() and "\x1b" not in out + err
 
 
 def test_names_steer_no_terminal_and_lead_nowhere(tmp_path: Path) -> None:
     evil = "../../etc/\\u001b[31m<script>alert(1)</script>\\u202e"
-    text = STUDY.replace("mine", evil).replace("rate?", "\\u001b]0;x\\u0007\\u202erate?") + 'kind = ["\\u001b[2J", "b"]\n'
+    text = (
+        STUDY.replace("mine", evil).replace("rate?", "\\u001b]0;x\\u0007\\u202erate?") + 'kind = ["\\u001b[2J", "b"]\n'
+    )
     study = write_study(tmp_path, text)
     before = set(tmp_path.parent.iterdir())
     code, out, err = towtank("sweep", study, "--workers", "1", cwd=tmp_path)

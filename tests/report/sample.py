@@ -117,7 +117,9 @@ def loss_law(arm: str) -> LawResult:
     points = [(float(w), Interval(v, v - 0.008, v + 0.009)) for w, v in BEST[arm].items()]
     line = [*points, (256.0, Interval(FINAL[arm] + 0.02, FINAL[arm] - 0.06, FINAL[arm] + 0.1))]
     hidden = Interval(BEST[arm][64] - 0.1, BEST[arm][64] - 0.16, BEST[arm][64])
-    test = Backtest(size=128, predicted=hidden, measured=points[2][1], factor=points[2][1].value / hidden.value, hit=True)
+    test = Backtest(
+        size=128, predicted=hidden, measured=points[2][1], factor=points[2][1].value / hidden.value, hit=True
+    )
     slope = {"slope": Interval(-0.055, -0.08, -0.03)}
     verdict = Verdict("weak", "three sizes: no check of the form of the law")
     return _law("best loss", slope, points, line, verdict, test)
@@ -241,18 +243,26 @@ def refused() -> Answer:
     """An answer that cannot be told: everything diverged in one arm, the optimum at the edge in the other."""
     why = Verdict("refuse", "the best learning rate is the smallest of the grid; try lr = {log2 = [-14, -10]}")
     bad = replace(arm("sp"), lr_law=None, loss_law=None, attention_laws=(), prediction=None, verification=None)
-    lost = [RatePoint(lr=2.0**e, loss=None, stderr=None, runs=1, diverged=1, attention_logit_max=None) for e in (-4, -3)]
-    none = SizeResult(size=32, parameters=None, rates=tuple(lost), optimum=None, best_loss=None, verdict=why, sensitivity=None)
+    lost = [
+        RatePoint(lr=2.0**e, loss=None, stderr=None, runs=1, diverged=1, attention_logit_max=None) for e in (-4, -3)
+    ]
+    none = SizeResult(
+        size=32, parameters=None, rates=tuple(lost), optimum=None, best_loss=None, verdict=why, sensitivity=None
+    )
     edge = tuple(replace(s, optimum=None, best_loss=None, fitted=(), verdict=why) for s in bad.sizes)
     arms = (replace(bad, sizes=edge), replace(bad, name="mup", sizes=(none,)))
     rows = runs(arms)
-    return replace(answer(), arms=arms, runs=rows, counts=count(rows), sentence=f"Cannot tell: {why.reason}.", verdict=why)
+    return replace(
+        answer(), arms=arms, runs=rows, counts=count(rows), sentence=f"Cannot tell: {why.reason}.", verdict=why
+    )
 
 
 def empty() -> Answer:
     """No record was found."""
     why = Verdict("refuse", "no finished run")
-    return replace(answer(), arms=(), runs=(), counts={}, sentence="Cannot tell: no finished run.", verdict=why, target=None)
+    return replace(
+        answer(), arms=(), runs=(), counts={}, sentence="Cannot tell: no finished run.", verdict=why, target=None
+    )
 
 
 def hostile(name: str) -> Answer:
@@ -266,7 +276,13 @@ def hostile(name: str) -> Answer:
         logits = tuple(replace(law, name=f"{name} {i}") for i, law in enumerate(a.attention_laws))
         checked = replace(a.verification, reason=name, held=False) if a.verification else None
         predicted = replace(a.prediction, arm=name, verdict=verdict) if a.prediction else None
-        changed = {"sizes": sizes, "lr_law": law, "attention_laws": logits, "verification": checked, "prediction": predicted}
+        changed = {
+            "sizes": sizes,
+            "lr_law": law,
+            "attention_laws": logits,
+            "verification": checked,
+            "prediction": predicted,
+        }
         arms.append(replace(a, name=f"{name} {a.name}", settings={name: name}, **changed))
     rows = tuple(replace(r, id=name, arm=name, stage=name, status=name, reason=name) for r in one.runs)
     words = {"study": name, "question": name, "sentence": name, "size_axis": name, "corpus": name}

@@ -21,7 +21,9 @@ import pytest
 from tests.report import sample
 from towtank.report import figures, page
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path")
 NAMES = {
     "script": "<script>document.title='owned'</script>",
@@ -92,7 +94,14 @@ def test_names_run_nothing_and_fetch_nothing(kind):
     assert "\u202e" not in text and "\u2066" not in text
     for element in tree.iter():
         for name, value in element.attrib.items():
-            assert not name.startswith("on") and name not in ("src", "srcset", "style", "action", "background", "poster")
+            assert not name.startswith("on") and name not in (
+                "src",
+                "srcset",
+                "style",
+                "action",
+                "background",
+                "poster",
+            )
             assert name != "href" or value == "#main"
             assert len(value) < 1500
         assert element.tag not in ("link", "iframe", "object", "embed", "base", "img", "form")

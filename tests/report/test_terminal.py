@@ -24,7 +24,15 @@ def shown(answer, *, width=80, encoding="utf-8", color=None):
 
 def test_everything_is_told_in_80_columns():
     said = shown(sample.answer())
-    for part in ("OK: At width 256", "0.00662 [0.00568, 0.00787]", "-0.89 [-1.02, -0.75]", "0.00362", "1.15", "held", "105 done"):
+    for part in (
+        "OK: At width 256",
+        "0.00662 [0.00568, 0.00787]",
+        "-0.89 [-1.02, -0.75]",
+        "0.00362",
+        "1.15",
+        "held",
+        "105 done",
+    ):
         assert part in said
     assert max(map(len, said.splitlines())) <= 80
 

@@ -37,7 +37,9 @@ class Description:
     flops_per_step: float
 
 
-def bowl(*, width: int, depth: int = 2, kind: str = "plain", sleep: float = 0.0, trace: str = "", fault: str = "") -> None:
+def bowl(
+    *, width: int, depth: int = 2, kind: str = "plain", sleep: float = 0.0, trace: str = "", fault: str = ""
+) -> None:
     """A task function: only its signature is used.
 
     Args:
@@ -57,7 +59,9 @@ def describe(cell: dict) -> Description:
     """Describe a cell, refusing odd widths as a task would."""
     if cell["width"] % 2:
         raise ValueError(f"width = {cell['width']}: expected a multiple of 2")
-    return Description(corpus="light", parameters=cell["width"] ** 2, member_bytes=cell["width"], flops_per_step=cell["width"])
+    return Description(
+        corpus="light", parameters=cell["width"] ** 2, member_bytes=cell["width"], flops_per_step=cell["width"]
+    )
 
 
 def work(cells: list[dict], *, device: str = "cpu", on_step=None) -> list[Result]:
@@ -84,7 +88,9 @@ def loss(cell: dict) -> float:
 
 def _result(cell: dict) -> Result:
     if cell["lr"] > 0.5:
-        return Result(status="diverged", steps=3, reason="loss is NaN at step 3", initial=5.5, curve=[(0, 5.5), (3, math.nan)])
+        return Result(
+            status="diverged", steps=3, reason="loss is NaN at step 3", initial=5.5, curve=[(0, 5.5), (3, math.nan)]
+        )
     final = loss(cell)
     steps = int(cell["steps"])
     curve = [(0, 5.5), (steps, final)]

@@ -100,7 +100,11 @@ def test_mistakes_are_named(tmp_path: Path, before: str, after: str, expected: s
 
 @pytest.mark.parametrize(
     "lr",
-    ["{linear = [1, 2], points = 1000000000}", "{log2 = [-1000, 1000], points = 100000}", "{log10 = [-3, -1], points = 1000}"],
+    [
+        "{linear = [1, 2], points = 1000000000}",
+        "{log2 = [-1000, 1000], points = 100000}",
+        "{log10 = [-3, -1], points = 1000}",
+    ],
 )
 def test_too_many_runs_are_refused_before_they_are_made(tmp_path: Path, lr: str) -> None:
     text = GOOD.replace("{log2 = [-8, -4]}", lr).replace("seed = [0, 1]", "seed = {linear = [0, 999], points = 1000}")
@@ -109,7 +113,16 @@ def test_too_many_runs_are_refused_before_they_are_made(tmp_path: Path, lr: str)
     assert time.perf_counter() - began < 1
 
 
-@pytest.mark.parametrize("bomb", ["x = {" + "b . " * 20_000, "x = " + "[" * 99_000, "x = " + "{a=" * 50_000, "x = " + "9" * 99_000, "a." * 40_000 + "b=1"])
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "x = {" + "b . " * 20_000,
+        "x = " + "[" * 99_000,
+        "x = " + "{a=" * 50_000,
+        "x = " + "9" * 99_000,
+        "a." * 40_000 + "b=1",
+    ],
+)
 def test_toml_bombs_are_refused(tmp_path: Path, bomb: str) -> None:
     began = time.perf_counter()
     refusal(tmp_path, bomb)
@@ -123,7 +136,9 @@ def test_a_study_too_large_or_not_text_is_refused(tmp_path: Path) -> None:
         load_study(tmp_path / "b.toml")
 
 
-@pytest.mark.parametrize("name", ["no-such-study", "lr-transfr", "../lr-transfer", "", "a\0b", "x" * 5000, "/dev/zero", "/tmp"])
+@pytest.mark.parametrize(
+    "name", ["no-such-study", "lr-transfr", "../lr-transfer", "", "a\0b", "x" * 5000, "/dev/zero", "/tmp"]
+)
 def test_unknown_studies_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="lr-transfer|can be read"):
         load_study(name)

@@ -21,7 +21,10 @@ from towtank.study.load import load_study
 STUDY = Study(name="x", task="light_task:bowl", grid={"width": [32], "lr": [0.1]})
 
 
-@given(st.text(max_size=200) | st.sampled_from(["../../etc/x", "/etc/x", "a\0b", "CON", "nul.txt", "x.", "", "..", "\u202ex", "x" * 10_000]))
+@given(
+    st.text(max_size=200)
+    | st.sampled_from(["../../etc/x", "/etc/x", "a\0b", "CON", "nul.txt", "x.", "", "..", "\u202ex", "x" * 10_000])
+)
 def test_any_name_becomes_one_safe_part_of_a_path(name: str) -> None:
     safe = safe_name(name)
     assert safe and len(safe) <= 80 and safe.isascii() and safe[0] not in ".-" and safe[-1] not in ". "

@@ -43,7 +43,11 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         shown.start("grid", 2, 2.0, lambda: 0.0)
         shown.note("look [bold]here")
         shown.done(2, 2.0)
-    assert "\x1b[" in stream.getvalue() and "grid: 2/2 runs" in stream.getvalue() and "look [bold]here" in stream.getvalue()
+    assert (
+        "\x1b[" in stream.getvalue()
+        and "grid: 2/2 runs" in stream.getvalue()
+        and "look [bold]here" in stream.getvalue()
+    )
 
 
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"TERM": ""}, {"TERM": "xterm", "NO_COLOR": "1"}])
@@ -55,4 +59,10 @@ def test_no_bar_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch, environmen
 
 
 def test_durations() -> None:
-    assert [duration(s) for s in (0.4, 59.4, 60, 3599, 7260)] == ["0 s", "59 s", "1 min 0 s", "59 min 59 s", "2 h 1 min"]
+    assert [duration(s) for s in (0.4, 59.4, 60, 3599, 7260)] == [
+        "0 s",
+        "59 s",
+        "1 min 0 s",
+        "59 min 59 s",
+        "2 h 1 min",
+    ]

@@ -253,7 +253,9 @@ def test_a_changed_environment_is_said_when_a_sweep_goes_on(tmp_path: Path, monk
     run(study(grid={"width": [32], "lr": [0.1]}), tmp_path)
     monkeypatch.setattr("towtank.study.environment._version", lambda name: "9.9")
     notes = run(study(grid={"width": [32], "lr": [0.1, 0.2]}), tmp_path).notes
-    assert any(note.startswith("not all records are of one environment: towtank") and "-> 9.9" in note for note in notes)
+    assert any(
+        note.startswith("not all records are of one environment: towtank") and "-> 9.9" in note for note in notes
+    )
 
 
 def test_workers_are_spawned_never_forked() -> None:

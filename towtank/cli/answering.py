@@ -65,7 +65,9 @@ def predict(folder: Path, sizes: dict[str, float | None], json: bool) -> int:
     for problem in problems:
         say(f"warning: {problem}")
     if json:
-        print_json("predict", folder=str(folder), size_axis=axis, size=value, predictions=predictions, warnings=problems)
+        print_json(
+            "predict", folder=str(folder), size_axis=axis, size=value, predictions=predictions, warnings=problems
+        )
     else:
         from towtank.report.terminal import show_predictions
 

@@ -56,7 +56,9 @@ def run(arguments: list[str]) -> int:
 
 
 @app.callback(invoke_without_command=True)
-def _towtank(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
+def _towtank(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
     if version:
         import towtank
 
@@ -86,7 +88,9 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the grid, what is done, time, memory.")] = False,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, cuda:1, mps.")] = "cpu",
     workers: Annotated[int | None, typer.Option(min=1, help="Ensembles trained at a time [one a processor].")] = None,
-    memory: Annotated[str | None, typer.Option(help="Memory for all of them, such as 4GB [half of what is free].")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory for all of them, such as 4GB [half of what is free].")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, max=10_000, help="Run the grid with this many seeds.")] = None,
     json: Json = False,
 ) -> int:
@@ -105,7 +109,9 @@ def predict(
     folder: Folder,
     width: Annotated[float | None, typer.Option(help="Width of the model to predict.")] = None,
     depth: Annotated[float | None, typer.Option(help="Depth of the model to predict.")] = None,
-    size: Annotated[float | None, typer.Option(help="Size of the model to predict, in the study's own size key.")] = None,
+    size: Annotated[
+        float | None, typer.Option(help="Size of the model to predict, in the study's own size key.")
+    ] = None,
     json: Json = False,
 ) -> int:
     """Learning rate, loss and stability of a model of another size."""

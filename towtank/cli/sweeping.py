@@ -65,9 +65,7 @@ def plan(request: Request, json: bool) -> int:
     from towtank.cli.planning import show_plan
     from towtank.study.dry_run import dry_run
 
-    planned = dry_run(
-        request.study, request.out, workers=request.workers, device=request.device, memory=request.memory
-    )
+    planned = dry_run(request.study, request.out, workers=request.workers, device=request.device, memory=request.memory)
     if json:
         print_json("sweep", dry_run=True, runs=planned.runs, done=planned.done, plan=planned)
     else:

@@ -6,5 +6,16 @@ from towtank.laws.loglog import Measured
 from towtank.laws.optimum import Optimum, find_optimum
 from towtank.laws.sensitivity import lr_sensitivity
 
-__all__ = ["Backtest", "Fit", "Law", "LearningRateLaw", "LossLaw", "Measured", "Optimum", "PowerLaw", "find_optimum",
-           "fit_points", "lr_sensitivity"]
+__all__ = [
+    "Backtest",
+    "Fit",
+    "Law",
+    "LearningRateLaw",
+    "LossLaw",
+    "Measured",
+    "Optimum",
+    "PowerLaw",
+    "find_optimum",
+    "fit_points",
+    "lr_sensitivity",
+]

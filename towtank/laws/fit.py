@@ -91,8 +91,10 @@ class Fit:
         if ratio <= EXTRAPOLATE_REFUSE:
             return ""
         low, high = self.used[0].size, self.used[-1].size
-        return (f"{size:g} is {ratio:.3g} times beyond the fitted sizes {low:g} to {high:g}; "
-                f"measure a size within a factor {EXTRAPOLATE_REFUSE:g} of it")
+        return (
+            f"{size:g} is {ratio:.3g} times beyond the fitted sizes {low:g} to {high:g}; "
+            f"measure a size within a factor {EXTRAPOLATE_REFUSE:g} of it"
+        )
 
     def judge(self, size: float) -> Verdict:
         """How far to trust a prediction at a size: weak beyond 4 times, refused beyond 16 times the fitted sizes."""
@@ -169,8 +171,12 @@ def fit_points(
         reason = f"{len(used)} usable size{'' if len(used) == 1 else 's'}, and a law needs 2"
         return Fit(law=law, measured=points, verdict=Verdict("refuse", "; ".join([reason, *lost])), level=level)
     if len(used) == 2 and not all(p.log2_draws.size for p in used):
-        return Fit(law=law, measured=points, level=level,
-                   verdict=Verdict("refuse", "two sizes without replicates: nothing is known of the noise"))
+        return Fit(
+            law=law,
+            measured=points,
+            level=level,
+            verdict=Verdict("refuse", "two sizes without replicates: nothing is known of the noise"),
+        )
     fit = _fit(used, tuple(d for d in degrees if d < len(used)), law, level, seed)
     said = _doubts(fit, max(degrees)) + [f"left out {text}" for text in lost]
     return replace(fit, measured=points, verdict=Verdict("weak", "; ".join(said)) if said else Verdict("ok"))
@@ -187,8 +193,14 @@ def _fit(used: Sequence[Measured], degrees: tuple[int, ...], law: str, level: fl
     for name, value, draw in zip(NAMES, values, draws, strict=False):
         low, high = np.quantile(draw, [(1 - level) / 2, (1 + level) / 2])
         coefficients[name] = Interval(float(value), float(min(low, value)), float(max(high, value)), level)
-    fit = Fit(law=law, measured=tuple(used), verdict=Verdict("ok"), coefficients=coefficients, level=level,
-              polynomials=polynomials)
+    fit = Fit(
+        law=law,
+        measured=tuple(used),
+        verdict=Verdict("ok"),
+        coefficients=coefficients,
+        level=level,
+        polynomials=polynomials,
+    )
     at, _ = fit._log2(np.array([p.size for p in used], dtype=np.float64))
     return replace(fit, residuals=tuple(float(r) for r in np.log2([p.value for p in used]) - at))
 
@@ -212,5 +224,10 @@ def _doubts(fit: Fit, degree: int) -> list[str]:
 
 def _backtest(predicted: Interval, last: Measured, level: float) -> Backtest:
     factor = predicted.value / last.value
-    return Backtest(size=last.size, predicted=predicted, measured=last.interval(level),
-                    factor=max(factor, 1 / factor), hit=last.value in predicted)
+    return Backtest(
+        size=last.size,
+        predicted=predicted,
+        measured=last.interval(level),
+        factor=max(factor, 1 / factor),
+        hit=last.value in predicted,
+    )

@@ -122,8 +122,12 @@ def loss_point(size: float, optimum: Optimum) -> Measured:
     draws = optimum.loss_draws
     if optimum.loss.value <= 0:
         return Measured(size=size, value=np.nan, verdict=Verdict("refuse", "a best loss of 0 or less has no power law"))
-    return Measured(size=size, value=optimum.loss.value, log2_draws=np.log2(np.maximum(draws, draws[draws > 0].min())),
-                    verdict=optimum.verdict)
+    return Measured(
+        size=size,
+        value=optimum.loss.value,
+        log2_draws=np.log2(np.maximum(draws, draws[draws > 0].min())),
+        verdict=optimum.verdict,
+    )
 
 
 def spread_alike(optima: Mapping[float, Optimum]) -> dict[float, Optimum]:
@@ -141,8 +145,13 @@ def _optima(
 
     def one(s: float, draw: int) -> Optimum:
         rows = size == s
-        return find_optimum(rate[rows], loss[rows], None if label is None else label[rows],
-                            weights=None if weight is None else weight[rows], random_seed=draw)
+        return find_optimum(
+            rate[rows],
+            loss[rows],
+            None if label is None else label[rows],
+            weights=None if weight is None else weight[rows],
+            random_seed=draw,
+        )
 
     return spread_alike({float(s): one(s, seed + i) for i, s in enumerate(np.unique(size))})
 

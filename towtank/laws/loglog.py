@@ -111,8 +111,13 @@ def fit_polynomial(points: Sequence[Measured], degree: int, *, seed: int = 0) ->
     dof = x.size - degree - 1
     known = dof > 0 and bool((s > 0).all())
     ratio = float(np.sqrt(np.sum(((y - powers @ value) / s) ** 2) / dof)) if known else np.nan
-    return Polynomial(origin=float(x.mean()), value=value, draws=draws_BK @ solve.T,
-                      new=scatter * rng.standard_normal(DRAWS), ratio=ratio)
+    return Polynomial(
+        origin=float(x.mean()),
+        value=value,
+        draws=draws_BK @ solve.T,
+        new=scatter * rng.standard_normal(DRAWS),
+        ratio=ratio,
+    )
 
 
 def _residual_scale(x: Floats, y: Floats) -> float:

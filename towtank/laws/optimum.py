@@ -111,8 +111,10 @@ def find_optimum(
     near, draws = _settle(runs, center, noise, random_seed)
     p = _flat_p(runs, levels, near.noise)
     if p > FLAT_P:
-        return _refused(f"the noise is larger than the effect: losses of different rates do not differ (p = {p:.2g}); "
-                        "add seeds, train longer or widen the grid")
+        return _refused(
+            f"the noise is larger than the effect: losses of different rates do not differ (p = {p:.2g}); "
+            "add seeds, train longer or widen the grid"
+        )
     return _summary(runs, near, draws, level).spread(near.levels.between, random_seed)
 
 
@@ -138,23 +140,31 @@ def _next_grid(low: float, high: float) -> str:
 def _no_loss(runs: Sweep) -> str:
     if not runs.diverged:
         return "no runs"
-    return (f"all {runs.diverged} runs diverged, down to {format_rate(2.0 ** runs.tried[0])}; "
-            f"{_next_grid(runs.tried[0] - 5, runs.tried[0] - 1)}")
+    return (
+        f"all {runs.diverged} runs diverged, down to {format_rate(2.0 ** runs.tried[0])}; "
+        f"{_next_grid(runs.tried[0] - 5, runs.tried[0] - 1)}"
+    )
 
 
 def _unbracketed(runs: Sweep, levels: Levels, center: int) -> str:
     x, last = runs.x_K, runs.x_K.size - 1
     if last == 0:
-        return (f"only one rate finished, {format_rate(2.0 ** x[0])}: no curve; "
-                f"{_next_grid(x[0] - 3, x[0] + (1 if np.isfinite(runs.wall[1]) else 3))}")
+        return (
+            f"only one rate finished, {format_rate(2.0 ** x[0])}: no curve; "
+            f"{_next_grid(x[0] - 3, x[0] + (1 if np.isfinite(runs.wall[1]) else 3))}"
+        )
     if levels.flat_rss <= 1e-18 * float(np.sum(runs.loss_N**2)):
         return "all losses are equal: the learning rate has no effect here; check that training happened"
     if center == 0:
-        return (f"not bracketed: the lowest loss is at the lowest rate that tells, {format_rate(2.0 ** x[0])}; "
-                f"{_next_grid(x[0] - 3, x[0] + 1)}")
+        return (
+            f"not bracketed: the lowest loss is at the lowest rate that tells, {format_rate(2.0 ** x[0])}; "
+            f"{_next_grid(x[0] - 3, x[0] + 1)}"
+        )
     if center == last and not np.isfinite(runs.wall[1]):
-        return (f"not bracketed: the lowest loss is at the highest rate tried, {format_rate(2.0 ** x[last])}; "
-                f"{_next_grid(x[last] - 1, x[last] + 3)}")
+        return (
+            f"not bracketed: the lowest loss is at the highest rate tried, {format_rate(2.0 ** x[last])}; "
+            f"{_next_grid(x[last] - 1, x[last] + 3)}"
+        )
     return ""
 
 
@@ -188,17 +198,27 @@ def _summary(runs: Sweep, near: Region, draws: Redraws, level: float) -> Optimum
         verdict = verdict.worse(Verdict("weak", f"the interval spans a factor {2 ** (lr.high - lr.low):.2g}"))
     x_K = near.runs.x_K
     return Optimum(
-        lr=Interval(2.0**lr.value, 2.0**lr.low, 2.0**lr.high, level), loss=_interval(draws.loss, draws.loss_B, level),
-        verdict=verdict, curvature=None if np.isnan(draws.curvature) else draws.curvature,
-        span=(2.0 ** x_K[0], 2.0 ** x_K[-1]), noise=near.noise if near.replicated else None,
-        between=near.levels.between, seeds=near.levels.seeds, log2_draws=draws.x_B, curve_draws=draws.loss_B)
+        lr=Interval(2.0**lr.value, 2.0**lr.low, 2.0**lr.high, level),
+        loss=_interval(draws.loss, draws.loss_B, level),
+        verdict=verdict,
+        curvature=None if np.isnan(draws.curvature) else draws.curvature,
+        span=(2.0 ** x_K[0], 2.0 ** x_K[-1]),
+        noise=near.noise if near.replicated else None,
+        between=near.levels.between,
+        seeds=near.levels.seeds,
+        log2_draws=draws.x_B,
+        curve_draws=draws.loss_B,
+    )
 
 
 def _verdict(runs: Sweep, near: Region, draws: Redraws) -> Verdict:
     rates = near.runs.x_K
     if draws.edge > EDGE_REFUSE:
-        return Verdict("refuse", f"the noise is larger than the effect: in {draws.edge:.0%} of redraws the lowest loss is "
-                                 f"at the edge of the grid; add seeds, or {_next_grid(rates[0] - 2, rates[-1] + 2)}")
+        return Verdict(
+            "refuse",
+            f"the noise is larger than the effect: in {draws.edge:.0%} of redraws the lowest loss is "
+            f"at the edge of the grid; add seeds, or {_next_grid(rates[0] - 2, rates[-1] + 2)}",
+        )
     said = []
     if np.isnan(draws.curvature):
         top = format_rate(2.0 ** rates[-1])
@@ -217,4 +237,3 @@ def _verdict(runs: Sweep, near: Region, draws: Redraws) -> Verdict:
 def _interval(value: float, draws: Floats, level: float) -> Interval:
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(min(low, value)), float(max(high, value)), level)
-

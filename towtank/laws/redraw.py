@@ -75,8 +75,10 @@ def region(runs: Sweep, center: int, reach: int, noise: Noise | None = None) -> 
     levels = part.levels()
     own = levels.noise.pool(noise)
     more = (bool(keep[0] > 0), bool(keep[-1] < last))
-    beyond = (float(runs.x_K[keep[0] - 1]) if more[0] else runs.wall[0],
-              float(runs.x_K[keep[-1] + 1]) if more[1] else runs.wall[1])
+    beyond = (
+        float(runs.x_K[keep[0] - 1]) if more[0] else runs.wall[0],
+        float(runs.x_K[keep[-1] + 1]) if more[1] else runs.wall[1],
+    )
     guess = own if own.dof else residual_noise(part, levels.value, int(np.argmin(levels.value)))
     return Region(runs=part, levels=levels, noise=guess, replicated=own.dof > 0, beyond=beyond, more=more)
 
@@ -103,9 +105,15 @@ def redraw(region: Region, random_seed: int, draws: int = DRAWS) -> Redraws:
         loss_B[rows] = found[1]
     ends = [float(np.mean(lowest_B == j)) for j in (0, k - 1)]
     x, loss, curvature = _measured(region, sd_B**2)
-    return Redraws(x_B=x_B, loss_B=loss_B, x=x, loss=loss, curvature=curvature,
-                   edge=sum(s for s, b in zip(ends, region.beyond, strict=True) if not np.isfinite(b)),
-                   escaped=sum(s for s, more in zip(ends, region.more, strict=True) if more))
+    return Redraws(
+        x_B=x_B,
+        loss_B=loss_B,
+        x=x,
+        loss=loss,
+        curvature=curvature,
+        edge=sum(s for s, b in zip(ends, region.beyond, strict=True) if not np.isfinite(b)),
+        escaped=sum(s for s, more in zip(ends, region.more, strict=True) if more),
+    )
 
 
 def _fits(region: Region, j: int, variance_B: Floats) -> tuple[tuple[LocalFit, ...], Floats]:

@@ -50,8 +50,13 @@ class Sweep:
     def part(self, keep_K: Ints) -> Sweep:
         """The runs at the rates with these indices (ascending)."""
         inside = np.isin(self.rate_N, keep_K)
-        return Sweep(x_K=self.x_K[keep_K], rate_N=np.searchsorted(keep_K, self.rate_N[inside]),
-                     seed_N=self.seed_N[inside], loss_N=self.loss_N[inside], weight_N=self.weight_N[inside])
+        return Sweep(
+            x_K=self.x_K[keep_K],
+            rate_N=np.searchsorted(keep_K, self.rate_N[inside]),
+            seed_N=self.seed_N[inside],
+            loss_N=self.loss_N[inside],
+            weight_N=self.weight_N[inside],
+        )
 
 
 def sweep(
@@ -87,8 +92,17 @@ def sweep(
     low = max((float(v) for v in dead if v < best), default=-np.inf)
     high = min((float(v) for v in dead if v > best), default=np.inf)
     kept = whole.part(np.flatnonzero((whole.x_K > low) & (whole.x_K < high)))
-    return Sweep(x_K=kept.x_K, rate_N=kept.rate_N, seed_N=kept.seed_N, loss_N=kept.loss_N, weight_N=kept.weight_N,
-                 wall=(low, high), diverged=int((~done).sum()), partial=partial, tried=tried)
+    return Sweep(
+        x_K=kept.x_K,
+        rate_N=kept.rate_N,
+        seed_N=kept.seed_N,
+        loss_N=kept.loss_N,
+        weight_N=kept.weight_N,
+        wall=(low, high),
+        diverged=int((~done).sum()),
+        partial=partial,
+        tried=tried,
+    )
 
 
 def _sorted(x: Floats, seed: Ints, loss: Floats, weight: Floats, *, merge: bool) -> Sweep:

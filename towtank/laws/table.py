@@ -43,6 +43,8 @@ def positive(values: Floats, name: str) -> Floats:
     """
     bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
     if bad.size:
-        raise ValueError(f"expected positive numbers in {name!r}, got {values[bad[0]]} in row {bad[0]} "
-                         f"({bad.size} such rows); remove or correct them")
+        raise ValueError(
+            f"expected positive numbers in {name!r}, got {values[bad[0]]} in row {bad[0]} "
+            f"({bad.size} such rows); remove or correct them"
+        )
     return values

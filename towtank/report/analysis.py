@@ -51,8 +51,13 @@ def analyse(group: Group, axis: str) -> Analysis:
 
 def optimum_of(records: Sequence[Record], *, noise: Noise | None = None, random_seed: int = 0) -> Optimum:
     """The optimum of runs of one arm and size."""
-    return find_optimum([rate_of(r) for r in records], [loss_of(r) for r in records], [seed_of(r) for r in records],
-                        noise=noise, random_seed=random_seed)
+    return find_optimum(
+        [rate_of(r) for r in records],
+        [loss_of(r) for r in records],
+        [seed_of(r) for r in records],
+        noise=noise,
+        random_seed=random_seed,
+    )
 
 
 def size_results(analysis: Analysis) -> tuple[SizeResult, ...]:
@@ -70,16 +75,24 @@ def predict_at(analysis: Analysis, size: float) -> Prediction:
     """What an arm says about a size."""
     verdict = analysis.lr_fit.judge(size)
     if verdict.status == "refuse":
-        return Prediction(arm=analysis.group.name, size=size, lr=None, loss=None, attention_logit_max=None, stable=None,
-                          verdict=verdict)
+        return Prediction(
+            arm=analysis.group.name,
+            size=size,
+            lr=None,
+            loss=None,
+            attention_logit_max=None,
+            stable=None,
+            verdict=verdict,
+        )
     lr = analysis.lr_fit.predict(size)
     logit = _logit_at(analysis, size, lr.value)
     stable = None if logit is None else logit.high < ATTENTION_LIMIT
     if stable is False:
         verdict = verdict.worse(Verdict("weak", f"the largest attention logit may pass {ATTENTION_LIMIT:.0e} there"))
     loss = None if analysis.loss_fit.refuses(size) else analysis.loss_fit.predict(size)
-    return Prediction(arm=analysis.group.name, size=size, lr=lr, loss=loss, attention_logit_max=logit, stable=stable,
-                      verdict=verdict)
+    return Prediction(
+        arm=analysis.group.name, size=size, lr=lr, loss=loss, attention_logit_max=logit, stable=stable, verdict=verdict
+    )
 
 
 def law_results(analysis: Analysis, target: float | None) -> tuple[LawResult, LawResult, tuple[LawResult, ...]]:
@@ -98,8 +111,9 @@ def _law_result(fit: Fit, target: float | None, note: Callable[[Fit], str] = lam
         backtest = fit.backtest()
     said = note(fit)
     verdict = Verdict(fit.verdict.status, "; ".join(t for t in (fit.verdict.reason, said) if t))
-    return LawResult(name=fit.law, coefficients=dict(fit.coefficients), points=points, line=line, verdict=verdict,
-                     backtest=backtest)
+    return LawResult(
+        name=fit.law, coefficients=dict(fit.coefficients), points=points, line=line, verdict=verdict, backtest=backtest
+    )
 
 
 def _crossing(axis: str) -> Callable[[Fit], str]:
@@ -117,17 +131,29 @@ def _size_result(analysis: Analysis, size: float, optimum: Optimum) -> SizeResul
     records = [r for r in analysis.group.records if r.stage != "verify" and size_of(r, analysis.axis) == size]
     parameters = {r.parameters for r in records if r.parameters is not None}
     return SizeResult(
-        size=size, parameters=parameters.pop() if len(parameters) == 1 else None, rates=rate_points(records),
-        optimum=optimum.lr, best_loss=optimum.loss, verdict=optimum.verdict, sensitivity=_sensitivity(records),
-        fitted=_drawn(optimum))
+        size=size,
+        parameters=parameters.pop() if len(parameters) == 1 else None,
+        rates=rate_points(records),
+        optimum=optimum.lr,
+        best_loss=optimum.loss,
+        verdict=optimum.verdict,
+        sensitivity=_sensitivity(records),
+        fitted=_drawn(optimum),
+    )
 
 
 def _rate_point(lr: float, records: Sequence[Record]) -> RatePoint:
     losses = [loss for r in records if (loss := loss_of(r)) is not None]
     logits = [logit for r in records if (logit := logit_of(r)) is not None]
     stderr = float(np.std(losses, ddof=1) / np.sqrt(len(losses))) if len(losses) > 1 else None
-    return RatePoint(lr=lr, loss=float(np.mean(losses)) if losses else None, stderr=stderr, runs=len(records),
-                     diverged=len(records) - len(losses), attention_logit_max=max(logits, default=None))
+    return RatePoint(
+        lr=lr,
+        loss=float(np.mean(losses)) if losses else None,
+        stderr=stderr,
+        runs=len(records),
+        diverged=len(records) - len(losses),
+        attention_logit_max=max(logits, default=None),
+    )
 
 
 def _sensitivity(records: Sequence[Record]) -> float | None:

@@ -170,12 +170,21 @@ def answer(
     runs = tuple(_row(r, g.name, axis) for g in groups for r in g.records)
     names = sorted({r.study for r in records if r.study})
     return Answer(
-        study=study or ", ".join(names), question=question, sentence=sentence.write(arms, axis, target),
-        verdict=sentence.main_verdict(arms, target), size_axis=axis, target=target, arms=arms, runs=runs,
-        counts=dict(sorted(Counter(r.status for r in records).items())), fixed=grouping.shared(records),
+        study=study or ", ".join(names),
+        question=question,
+        sentence=sentence.write(arms, axis, target),
+        verdict=sentence.main_verdict(arms, target),
+        size_axis=axis,
+        target=target,
+        arms=arms,
+        runs=runs,
+        counts=dict(sorted(Counter(r.status for r in records).items())),
+        fixed=grouping.shared(records),
         environment=grouping.joined(r.environment for r in records),
-        corpus=", ".join(sorted({r.corpus for r in records if r.corpus})), time_s=sum(r.time_s for r in records),
-        warnings=(*warnings, *_own_warnings(records, len(runs))))
+        corpus=", ".join(sorted({r.corpus for r in records if r.corpus})),
+        time_s=sum(r.time_s for r in records),
+        warnings=(*warnings, *_own_warnings(records, len(runs))),
+    )
 
 
 def predict(records: Sequence[Record], size: float, *, size_axis: str | None = None) -> tuple[Prediction, ...]:
@@ -217,18 +226,34 @@ def _arm(analysed: Analysis, target: float | None) -> Arm:
     prediction = None if target is None else analysis.predict_at(analysed, target)
     lr_law, loss_law, attention_laws = analysis.law_results(analysed, target)
     return Arm(
-        name=analysed.group.name, settings=analysed.group.settings, sizes=analysis.size_results(analysed),
-        lr_law=lr_law, loss_law=loss_law, attention_laws=attention_laws, prediction=prediction,
-        verification=None if prediction is None else verification.verify(analysed, prediction))
+        name=analysed.group.name,
+        settings=analysed.group.settings,
+        sizes=analysis.size_results(analysed),
+        lr_law=lr_law,
+        loss_law=loss_law,
+        attention_laws=attention_laws,
+        prediction=prediction,
+        verification=None if prediction is None else verification.verify(analysed, prediction),
+    )
 
 
 def _row(record: Record, arm: str, axis: str) -> RunRow:
     from towtank.report import grouping
 
     return RunRow(
-        id=record.id, arm=arm, stage=record.stage, size=grouping.size_of(record, axis), lr=grouping.rate_of(record),
-        seed=grouping.seed_of(record), status=record.status, steps=record.steps, loss=grouping.loss_of(record),
-        attention_logit_max=grouping.logit_of(record), time_s=record.time_s, reason=record.reason)
+        id=record.id,
+        arm=arm,
+        stage=record.stage,
+        size=grouping.size_of(record, axis),
+        lr=grouping.rate_of(record),
+        seed=grouping.seed_of(record),
+        status=record.status,
+        steps=record.steps,
+        loss=grouping.loss_of(record),
+        attention_logit_max=grouping.logit_of(record),
+        time_s=record.time_s,
+        reason=record.reason,
+    )
 
 
 def _own_warnings(records: Sequence[Record], listed: int) -> list[str]:

@@ -183,7 +183,14 @@ def figure(title: str, x: dict[str, Any], y: dict[str, Any], *, height: int = 38
     axis |= {"linecolor": MUTED[0], "tickcolor": MUTED[0], "gridcolor": faded(MUTED, 0.22), "title_standoff": 8}
     layout = go.Layout(
         template=go.layout.Template(),
-        title={"text": title, "x": 0, "xref": "paper", "y": 0.985, "yanchor": "top", "font": {"size": 15, "weight": 600}},
+        title={
+            "text": title,
+            "x": 0,
+            "xref": "paper",
+            "y": 0.985,
+            "yanchor": "top",
+            "font": {"size": 15, "weight": 600},
+        },
         font={"family": "system-ui, -apple-system, 'Segoe UI', sans-serif", "size": 12.5, "color": INK[0]},
         xaxis=axis | x,
         yaxis=axis | y,

@@ -181,7 +181,11 @@ def _panel(arm: Arm, x: dict[str, Any], y: dict[str, Any], drawn: list[go.Scatte
 def _with_limit(fig: go.Figure) -> go.Figure:
     """The rule of thumb at 1e4, drawn and named."""
     fig.add_shape(_rule(drawing.ALERT, x0=0, x1=1, xref="paper", y0=traces.ATTENTION_LIMIT, y1=traces.ATTENTION_LIMIT))
-    note = {"text": "10,000: trouble was seen above", "showarrow": False, "font": {"size": 11, "color": drawing.ALERT[0]}}
+    note = {
+        "text": "10,000: trouble was seen above",
+        "showarrow": False,
+        "font": {"size": 11, "color": drawing.ALERT[0]},
+    }
     return fig.add_annotation(x=0, xref="paper", xanchor="left", y=4, yanchor="bottom", **note)
 
 

@@ -71,8 +71,11 @@ def shared(records: Iterable[Record]) -> dict[str, object]:
     """Settings that all runs share."""
     records = list(records)
     values = _values(records)
-    return {key: seen_values(seen)[0] for key, seen in sorted(values.items())
-            if len(seen) == 1 and key != "corpus" and all(key in r.config for r in records)}
+    return {
+        key: seen_values(seen)[0]
+        for key, seen in sorted(values.items())
+        if len(seen) == 1 and key != "corpus" and all(key in r.config for r in records)
+    }
 
 
 def joined(mappings: Iterable[Mapping[str, object]]) -> dict[str, object]:

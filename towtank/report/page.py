@@ -71,20 +71,24 @@ def render(answer: Answer) -> str:
     sections, specs = _sections(answer)
     plotly_js, page_js, css = plotly.offline.get_plotlyjs(), _template("page.js"), _template("style.css")
     data = embed({"figures": specs, "twins": figures.dark_twins(answer)})
-    return _environment().get_template("report.html.j2").render(
-        answer=answer,
-        csp=policy(scripts=[plotly_js, page_js], styles=[css, _EMPTY_STYLE]),
-        css=Markup(css),
-        plotly_js=Markup(plotly_js),
-        page_js=Markup(page_js),
-        data=Markup(data),
-        style_guards=sorted(set(_STYLE_GUARD.findall(plotly_js))),
-        sections=sections,
-        tables=tables,
-        cards=tables.cards(answer),
-        limits=readings.LIMITS,
-        evidence=readings.evidence(answer),
-        version=towtank.__version__,
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            answer=answer,
+            csp=policy(scripts=[plotly_js, page_js], styles=[css, _EMPTY_STYLE]),
+            css=Markup(css),
+            plotly_js=Markup(plotly_js),
+            page_js=Markup(page_js),
+            data=Markup(data),
+            style_guards=sorted(set(_STYLE_GUARD.findall(plotly_js))),
+            sections=sections,
+            tables=tables,
+            cards=tables.cards(answer),
+            limits=readings.LIMITS,
+            evidence=readings.evidence(answer),
+            version=towtank.__version__,
+        )
     )
 
 
@@ -116,7 +120,9 @@ def embed(data: Any) -> str:
 
 def _sources(kind: str, texts: list[str]) -> str:
     digests = (hashlib.sha256(t.encode()).digest() for t in texts)
-    return " ".join([kind, *(f"'sha256-{base64.b64encode(d).decode()}'" for d in digests)]) if texts else f"{kind} 'none'"
+    return (
+        " ".join([kind, *(f"'sha256-{base64.b64encode(d).decode()}'" for d in digests)]) if texts else f"{kind} 'none'"
+    )
 
 
 def _sections(answer: Answer) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -68,7 +68,9 @@ def optimum_against_size(answer: Answer) -> list[str]:
     for arm in answer.arms:
         slope = arm.lr_law.coefficients.get("slope") if arm.lr_law else None
         if slope:
-            parts.append(f"{arm.name}: {text.interval(slope)} octaves per doubling of {answer.size_axis}; {drift(slope)}.")
+            parts.append(
+                f"{arm.name}: {text.interval(slope)} octaves per doubling of {answer.size_axis}; {drift(slope)}."
+            )
     marks = "Shaded: interval of the law. Open marks were predicted before the runs at that size; stars were measured there."
     return [*parts, marks]
 
@@ -99,7 +101,10 @@ def attention_logits(answer: Answer) -> list[str]:
     parts = []
     for arm in answer.arms:
         found = [
-            (p.attention_logit_max, size, p.lr) for size, rates in curves(arm) for p in rates if p.attention_logit_max is not None
+            (p.attention_logit_max, size, p.lr)
+            for size, rates in curves(arm)
+            for p in rates
+            if p.attention_logit_max is not None
         ]
         if found:
             most, size, lr = max(found)

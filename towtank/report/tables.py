@@ -75,7 +75,9 @@ def cards(answer: Answer) -> list[Card]:
     found = [_prediction_card(answer, arm) for arm in answer.arms[:6]]
     slopes = [_slope_card(answer, arm) for arm in answer.arms[:6] if arm.lr_law and "slope" in arm.lr_law.coefficients]
     counts = ", ".join(f"{n} {text.clean(k, 20)}" for k, n in answer.counts.items())
-    runs = Card(label="runs", value=str(len(answer.runs)), detail=counts, foot=f"{text.duration(answer.time_s)} of training")
+    runs = Card(
+        label="runs", value=str(len(answer.runs)), detail=counts, foot=f"{text.duration(answer.time_s)} of training"
+    )
     return [*found, *slopes, runs]
 
 
@@ -85,7 +87,11 @@ def predictions(answer: Answer) -> Table:
     rows = []
     for p in (arm.prediction for arm in answer.arms if arm.prediction):
         stable = {True: "yes", False: "no", None: "-"}[p.stable]
-        numbers = (Cell(text.interval(p.lr)), Cell(text.interval(p.loss, 4)), Cell(text.interval(p.attention_logit_max)))
+        numbers = (
+            Cell(text.interval(p.lr)),
+            Cell(text.interval(p.loss, 4)),
+            Cell(text.interval(p.attention_logit_max)),
+        )
         rows.append((words(p.arm), Cell(text.size(p.size), p.size), *numbers, Cell(stable), verdict(p.verdict)))
     return Table(_head(head), tuple(rows))
 
@@ -97,15 +103,30 @@ def verifications(answer: Answer) -> Table:
     for arm in answer.arms:
         if v := arm.verification:
             tone = {True: "ok", False: "refuse", None: "weak"}[v.held]
-            outcome = Cell(f"{readings.held(v)}: {text.clean(v.reason, 300)}" if v.reason else readings.held(v), None, tone)
-            numbers = (Cell(text.interval(v.predicted)), Cell(text.interval(v.measured)), value(v.factor), value(v.excess_loss))
+            outcome = Cell(
+                f"{readings.held(v)}: {text.clean(v.reason, 300)}" if v.reason else readings.held(v), None, tone
+            )
+            numbers = (
+                Cell(text.interval(v.predicted)),
+                Cell(text.interval(v.measured)),
+                value(v.factor),
+                value(v.excess_loss),
+            )
             rows.append((words(arm.name), Cell(text.size(v.size), v.size), *numbers, outcome))
     return Table(_head(head), tuple(rows))
 
 
 def sizes(answer: Answer) -> Table:
     """Every size of every arm: optimum, best loss, sensitivity."""
-    head = ("arm", answer.size_axis, "parameters", "best learning rate", "best loss (nats)", "sensitivity (nats)", "verdict")
+    head = (
+        "arm",
+        answer.size_axis,
+        "parameters",
+        "best learning rate",
+        "best loss (nats)",
+        "sensitivity (nats)",
+        "verdict",
+    )
     rows = []
     for arm in answer.arms:
         for s in arm.sizes:
@@ -128,11 +149,25 @@ def laws(answer: Answer) -> Table:
 
 def runs(answer: Answer) -> Table:
     """Every run."""
-    head = ("arm", answer.size_axis, "learning rate", "seed", "stage", "status", "steps", "loss", "max logit", "time (s)", "run")
+    head = (
+        "arm",
+        answer.size_axis,
+        "learning rate",
+        "seed",
+        "stage",
+        "status",
+        "steps",
+        "loss",
+        "max logit",
+        "time (s)",
+        "run",
+    )
     rows = []
     for r in answer.runs:
         tone = {"done": "ok", "diverged": "weak", "failed": "refuse", "oom": "refuse"}.get(r.status, "")
-        status = Cell(f"{text.clean(r.status, 20)}: {text.clean(r.reason, 200)}" if r.reason else text.clean(r.status, 20))
+        status = Cell(
+            f"{text.clean(r.status, 20)}: {text.clean(r.reason, 200)}" if r.reason else text.clean(r.status, 20)
+        )
         ends = (Cell(str(r.steps), r.steps), value(r.loss, 4), value(r.attention_logit_max), value(r.time_s))
         start = (words(r.arm), Cell(text.size(r.size), r.size), value(r.lr), Cell(str(r.seed), r.seed), words(r.stage))
         rows.append((*start, Cell(status.shown, status.shown, tone), *ends, Cell(text.clean(r.id)[:12])))
@@ -156,7 +191,9 @@ def _prediction_card(answer: Answer, arm: Arm) -> Card:
         return Card(label=label, value="cannot tell", detail=text.clean(reason, 200), tone="refuse")
     detail = f"{text.number(p.lr.low)} to {text.number(p.lr.high)} ({text.percent(p.lr.level)} interval)"
     if v is None:
-        return Card(label=label, value=text.number(p.lr.value), detail=detail, foot=str(p.verdict), tone=p.verdict.status)
+        return Card(
+            label=label, value=text.number(p.lr.value), detail=detail, foot=str(p.verdict), tone=p.verdict.status
+        )
     measured = f"trained: {text.number(v.measured.value)}, " if v.measured else "trained: "
     factor = f", factor {v.factor:.2f}" if v.factor is not None else ""
     tone = {True: "ok", False: "refuse", None: "weak"}[v.held]

@@ -69,7 +69,9 @@ def size_name(answer: Answer, size: float) -> str:
     return f"{text.plotly_text(answer.size_axis, 24)} {text.size(size)}"
 
 
-def line(x: Sequence[float], y: Sequence[float], colour: Colour, name: str, hover: Sequence[str], **more: Any) -> go.Scatter:
+def line(
+    x: Sequence[float], y: Sequence[float], colour: Colour, name: str, hover: Sequence[str], **more: Any
+) -> go.Scatter:
     """Markers joined by a line. `more`: further arguments of `go.Scatter`."""
     style = {"mode": "lines+markers", "hoverinfo": "text", "hovertext": list(hover), "legendgroup": name} | more
     marker = {"size": 8, "color": colour[0]} | style.pop("marker", {})
@@ -150,7 +152,9 @@ def diverged_marks(answer: Answer, arm: Arm, top: float) -> list[go.Scatter]:
     return [line(x, y, ALERT, "diverged", hover, mode="markers", marker=marker, cliponaxis=False)]
 
 
-def law_traces(answer: Answer, arm: Arm, law: LawResult | None, points: Sequence[tuple[float, Interval]]) -> list[go.Scatter]:
+def law_traces(
+    answer: Answer, arm: Arm, law: LawResult | None, points: Sequence[tuple[float, Interval]]
+) -> list[go.Scatter]:
     """Measured points with intervals, and the line of the law with its band, in the colour of the arm."""
     rank = answer.arms.index(arm)
     colour, name = drawing.arm_colour(rank), text.plotly_text(arm.name)

@@ -11,6 +11,7 @@ from towtank.estimate import Interval
 from towtank.laws.levels import Noise
 from towtank.laws.optimum import Optimum, format_rate
 from towtank.laws.sweep import sweep
+from towtank.laws.tilt import shared_curvature, tilt_optimum
 from towtank.report.analysis import Analysis, optimum_of, rate_points
 from towtank.report.answer import Prediction, Verification
 from towtank.report.grouping import FITTED_STATUS, loss_of, rate_of, seed_of, size_of
@@ -22,8 +23,8 @@ NEAR = 0.25  # octaves: a run so near the predicted rate was a run at it
 def verify(analysis: Analysis, prediction: Prediction) -> Verification | None:
     """Judge a prediction by the runs of the stage `verify` at its size; None if there are none, or no prediction.
 
-    The prediction held if the optimum measured there (by the same fit as elsewhere, with the run-to-run variance of the
-    other sizes pooled in) lies in the predicted interval, or if the loss at the predicted rate exceeds the best by no
+    The optimum there is that of a parabola with the curvature of the fitted sizes (three rates do not tell a curvature)
+    and with their run-to-run variance pooled in. The prediction held if that optimum lies in the predicted interval, or if the loss at the predicted rate exceeds the best by no
     more than the noise of a difference of two levels explains. It is not told while fewer than three rates have been
     tried.
     """
@@ -32,15 +33,33 @@ def verify(analysis: Analysis, prediction: Prediction) -> Verification | None:
     tried = [r for r in records if r.status in FITTED_STATUS]
     if not records or prediction.lr is None:
         return None
-    optimum = optimum_of(tried, noise=analysis.noise)
+    optimum = _measured(analysis, tried)
     excess = _excess(tried, prediction.lr.value, optimum)
     held, reason = _judge(tried, prediction.lr, optimum, excess, _tolerance(tried, analysis.noise, optimum))
     lost = len(records) - len(tried)
     measured = optimum.lr
     factor = max(measured.value / prediction.lr.value, prediction.lr.value / measured.value) if measured else None
-    return Verification(size=prediction.size, predicted=prediction.lr, measured=measured, rates=rate_points(records),
-                        factor=factor, excess_loss=excess, held=held,
-                        reason=reason + (f"; {lost} runs failed" if lost else ""))
+    return Verification(
+        size=prediction.size,
+        predicted=prediction.lr,
+        measured=measured,
+        rates=rate_points(records),
+        factor=factor,
+        excess_loss=excess,
+        held=held,
+        reason=reason + (f"; {lost} runs failed" if lost else ""),
+    )
+
+
+def _measured(analysis: Analysis, tried: Sequence[Record]) -> Optimum:
+    """The optimum at the target: of a parabola as curved as those of the fitted sizes, or where that fails a free one."""
+    curvature = shared_curvature(analysis.optima.values())
+    if curvature is not None:
+        rates, losses, seeds = [rate_of(r) for r in tried], [loss_of(r) for r in tried], [seed_of(r) for r in tried]
+        found = tilt_optimum(rates, losses, seeds, curvature=curvature, noise=analysis.noise)
+        if found.lr is not None:
+            return found
+    return optimum_of(tried, noise=analysis.noise)
 
 
 def _judge(
@@ -57,8 +76,11 @@ def _judge(
     found = optimum.lr
     if found is not None and found.value in predicted:
         return True, f"the measured optimum {format_rate(found.value)} lies inside the predicted interval"
-    where = f"the measured optimum {format_rate(found.value)} lies outside the predicted interval" if found else (
-        "the runs do not bracket their optimum")
+    where = (
+        f"the measured optimum {format_rate(found.value)} lies outside the predicted interval"
+        if found
+        else ("the runs do not bracket their optimum")
+    )
     if excess is None or tolerance is None:
         return (False, f"{where}; the noise is not known") if found else (None, f"not told: {optimum.verdict.reason}")
     cost = f"{excess:.3f} nats above the best (noise {tolerance:.3f})"

@@ -90,7 +90,9 @@ def dry_run(
     rows = planner.rows("grid", cells, bound=False)
     left = any(row.done < row.runs for row in rows)
     grid = [record for record in records if record.stage == "grid"]
-    rows += planner.rows("refine", _all_refined(study, cells) if left else refine_cells(study, cells, grid).cells, bound=left)
+    rows += planner.rows(
+        "refine", _all_refined(study, cells) if left else refine_cells(study, cells, grid).cells, bound=left
+    )
     rows += planner.rows("verify", _all_verified(study, cells), bound=True)
     return DryRun(
         folder=Path(out),

@@ -25,7 +25,15 @@ def environment(device: str, executor: str) -> dict[str, Scalar]:
     versions = {name: _version(name) for name in _VERSIONS}
     machine = {"platform": platform.platform(), "processor": _processor(), "cpus": usable_cpus()}
     python = {"python": platform.python_version()}
-    return {**python, **versions, **machine, "device": device, "device_name": _device_name(device), "executor": executor, **_git()}
+    return {
+        **python,
+        **versions,
+        **machine,
+        "device": device,
+        "device_name": _device_name(device),
+        "executor": executor,
+        **_git(),
+    }
 
 
 def differences(before: dict[str, Scalar], now: dict[str, Scalar]) -> list[str]:

@@ -53,7 +53,12 @@ class Key:
             ConfigError: if it is of another type.
         """
         fits = not self.kinds or any(_is(value, kind) for kind in self.kinds)
-        if not fits or not isinstance(value, str | int | float | bool | None) or self.choices and value not in self.choices:
+        if (
+            not fits
+            or not isinstance(value, str | int | float | bool | None)
+            or self.choices
+            and value not in self.choices
+        ):
             raise ConfigError(self.name, self.expected, value=value, nearest=nearest(value, self.choices))
         if _is(value, int) and abs(value) >= 2**63:  # type: ignore[arg-type]
             raise ConfigError(self.name, "an integer below 2**63", value=value)
@@ -166,7 +171,9 @@ def _key_of(parameter: inspect.Parameter) -> Key:
         kinds = ()
     default = parameter.default
     scalar = isinstance(default, str | int | float | bool | None)
-    return Key(name=parameter.name, kinds=kinds, default=default if scalar and default is not parameter.empty else MISSING)
+    return Key(
+        name=parameter.name, kinds=kinds, default=default if scalar and default is not parameter.empty else MISSING
+    )
 
 
 def _is(value: object, kind: type) -> bool:

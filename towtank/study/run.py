@@ -186,13 +186,15 @@ class Runner:
 
     def _recorded(self, job: Job, outcome: Outcome, same: dict[str, list[Run]]) -> Iterator[Record]:
         for index, trained in enumerate(job.runs):
-            measured = _measured(outcome.results[index]) if outcome.kind == "ok" else _unmeasured(outcome)
+            measured: dict[str, Any] = (
+                _measured(outcome.results[index]) if outcome.kind == "ok" else _unmeasured(outcome)
+            )
             for run in same[trained.training]:
                 yield Record(
                     id=run.id, config=run.cell, corpus=run.about.corpus, environment=self._environment, stage=run.stage,
                     study=self.study.name, parameters=int(run.about.parameters), **measured,
                 )  # fmt: skip
-                measured = measured | {"time_s": 0.0}  # trained once
+                measured["time_s"] = 0.0  # trained once
 
     def _note(self, text: str) -> None:
         self._notes.append(text)

@@ -48,7 +48,9 @@ def refine_cells(study: Study, cells: Sequence[Cell], records: Sequence[Record])
         rates = sorted({_rate(cell) for cell in group})
         best = min(losses, key=lambda rate: losses[rate])
         if best in (rates[0], rates[-1]):
-            planned.notes.append(f"{_label(study, group[0])}: best rate {best:.3g} is at the edge of the grid, not refined")
+            planned.notes.append(
+                f"{_label(study, group[0])}: best rate {best:.3g} is at the edge of the grid, not refined"
+            )
             continue
         near = sorted(rates, key=lambda rate: abs(math.log(rate / best)))[: study.refine.points]
         seeds = seeds_at(study.refine, float(group[0][study.size] or 1), largest)

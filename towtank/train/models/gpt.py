@@ -134,16 +134,17 @@ class Attention(nn.Module):
 
 
 def rotary(context: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles t * base^(-2i/K), each (T, K), for pairs (i, i + K/2).
+    """Cosines, and sines with the first half negated, of the angles t * base^(-2i/K) of pairs (i, i + K/2); each (T, K).
 
     Source: Su et al. 2021, equation 15.
     """
     frequency = ROTARY_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle_TK = torch.outer(torch.arange(context, dtype=torch.float64), frequency).repeat(1, 2)
-    return angle_TK.cos().to(torch.get_default_dtype()), angle_TK.sin().to(torch.get_default_dtype())
+    sign_K = torch.ones(head_dim, dtype=torch.float64).index_fill(0, torch.arange(head_dim // 2), -1)
+    return angle_TK.cos().to(torch.get_default_dtype()), (angle_TK.sin() * sign_K).to(torch.get_default_dtype())
 
 
 def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+K/2}) by its position's angle."""
+    """Turn each pair (x_i, x_{i+K/2}) by its position's angle: (a cos - b sin, b cos + a sin)."""
     first, second = x_BHTK.chunk(2, dim=-1)
-    return x_BHTK * cos_TK + torch.cat((-second, first), dim=-1) * sin_TK
+    return torch.addcmul(x_BHTK * cos_TK, torch.cat((second, first), dim=-1), sin_TK)
