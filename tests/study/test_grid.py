@@ -6,13 +6,15 @@ import itertools
 import math
 
 import light_task
+import msgspec
 import pytest
 
 from towtank.study.config import Refine, Study, Verify
 from towtank.study.errors import ConfigError
 from towtank.study.grid import Describer, cell_id, ensemble_key, expand, make_jobs
 from towtank.study.record import Loss, Record
-from towtank.study.stages import refine_cells, verify_cells
+from towtank.study.run import sweep
+from towtank.study.stages import extend_cells, refine_cells, verify_cells
 from towtank.train.settings import MEMBER_KEYS, TRAINING_KEYS
 
 STUDY = Study(
@@ -125,3 +127,42 @@ def test_verification_tries_the_target_around_the_rate_of_each_arm() -> None:
     rates = [0.000195, 0.000391, 0.000781]
     assert tried == [("a", 256, rate, seed) for rate in rates for seed in (0, 1)]
     assert all(type(cell["width"]) is int for cell in planned.cells)
+
+
+def test_equal_compute_gives_a_smaller_size_more_seeds() -> None:
+    study = msgspec.structs.replace(STUDY, refine=Refine(seeds=(2, 5), points=1, equal_compute=True))
+    found: dict[float, set[int]] = {}
+    for cell in refine_cells(study, CELLS, records(CELLS)).cells:
+        found.setdefault(cell["width"], set()).add(cell["seed"])
+    assert found == {64: {2, 5}, 32: {2, 5, 6, 7}}
+
+
+def test_a_verification_with_its_best_at_an_edge_is_widened_to_that_side() -> None:
+    arm = next(cell for cell in CELLS if cell["kind"] == "a")
+    cells = [arm | {"width": 256, "lr": 0.01 * 2**k, "seed": s} for k in (-1, 0, 1) for s in (0, 1)]
+
+    def widened(loss, bracketed=None) -> set[tuple[float, int]]:
+        made = records(cells, loss=loss, stage="verify")
+        return {(c["lr"], c["seed"]) for c in extend_cells(STUDY, cells, made, bracketed).cells}
+
+    assert widened(lambda cell: cell["lr"]) == {(0.0025, 0), (0.0025, 1)}
+    assert widened(lambda cell: -cell["lr"]) == {(0.04, 0), (0.04, 1)}
+    assert widened(lambda cell: abs(cell["lr"] - 0.01)) == set()
+    assert widened(lambda cell: cell["lr"], lambda own, size_axis: size_axis == "width") == set()
+
+
+def test_mup_at_the_base_width_and_sp_are_trained_once_and_recorded_twice(tmp_path) -> None:
+    trained = []
+
+    def work(cells, *, device, on_step):
+        trained.extend(cells)
+        return light_task.work(cells, device=device, on_step=on_step)
+
+    grid = {"parametrization": ["sp", "mup"], "width": [32, 64], "lr": [0.1], "seed": [0]}
+    study = Study(name="x", task=light_task.TASK, grid=grid, fixed={"base_width": 32})
+    swept = sweep(study, tmp_path, workers=1, work=work, describe=light_task.describe)
+    assert len(swept.records) == 4 and len(trained) == 3
+    at_base = [r for r in swept.records if r.config["width"] == 32]
+    assert {r.config["parametrization"] for r in at_base} == {"sp", "mup"}
+    assert at_base[0].loss == at_base[1].loss and at_base[0].id != at_base[1].id
+    assert sweep(study, tmp_path, workers=1, work=work, describe=light_task.describe).ran == 0

@@ -75,14 +75,14 @@ def plan(request: Request, json: bool) -> int:
 
 def run(request: Request, json: bool) -> int:
     """Run the sweep, then answer it; returns the exit code."""
-    from towtank.report.answer import predict
+    from towtank.report.answer import bracketed, predict
     from towtank.study.progress import Progress
     from towtank.study.run import sweep
 
     try:
         with _signals():
             swept = sweep(
-                request.study, request.out, predict=predict, workers=request.workers, device=request.device,
+                request.study, request.out, predict=predict, bracketed=bracketed, workers=request.workers, device=request.device,
                 memory=request.memory, progress=Progress(),
             )  # fmt: skip
     except (KeyboardInterrupt, Terminated) as stop:

@@ -203,6 +203,17 @@ def predict(records: Sequence[Record], size: float, *, size_axis: str | None = N
     return tuple(predict_at(analysis, size) for analysis in _analyses(records, _axis(records, size_axis)))
 
 
+def bracketed(records: Sequence[Record], *, size_axis: str | None = None) -> bool:
+    """Whether the verification runs of every arm tell where the optimum of their size is.
+
+    Args:
+        records: the runs, in any order.
+        size_axis: as in `answer`.
+    """
+    checks = [arm.verification for arm in answer(records, size_axis=size_axis).arms]
+    return bool(checks) and all(check is not None and check.measured is not None for check in checks)
+
+
 def _axis(records: Sequence[Record], asked: str | None) -> str:
     from towtank.report import grouping
 

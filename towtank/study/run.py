@@ -28,6 +28,8 @@ MAX_EXTENSIONS = 2  # octaves by which a verification that does not bracket its 
 FINAL = ("done", "diverged", "oom")  # a failed run is tried again by the next sweep
 Predict = Callable[..., Sequence[Any]]
 """`predict(records, size, size_axis=...)` -> predictions, as `towtank.report.answer.predict`."""
+Bracketed = Callable[..., bool]
+"""`bracketed(records, size_axis=...)`: whether the records of one arm, verification included, tell the optimum of the target."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ def sweep(
     out: Path | str,
     *,
     predict: Predict | None = None,
+    bracketed: Bracketed | None = None,
     executor: Executor | None = None,
     workers: int | None = None,
     device: str = "cpu",
@@ -74,6 +77,8 @@ def sweep(
         out: its folder; made if need be, locked while the sweep lasts.
         predict: what names the learning rate of the target size, such as `towtank.report.answer.predict`; without it
             nothing is verified.
+        bracketed: whether the runs of one arm tell where the target's optimum is, such as
+            `towtank.report.answer.bracketed`; without it, whether their lowest loss lies inside.
         executor: where ensembles are trained; by default worker processes, or this process if `workers` is 1.
         workers: ensembles trained at a time; by default one for each processor, one on an accelerator.
         device: torch's name of the device.
@@ -101,7 +106,7 @@ def sweep(
             runner.open(notes)
             runner.stage("grid", Planned(cells, []))
             runner.stage("refine", refine_cells(study, cells, runner.current()))
-            runner.verify(_verify(study, cells, runner.current(), predict))
+            runner.verify(_verify(study, cells, runner.current(), predict), bracketed)
         return runner.swept()
 
 
@@ -156,11 +161,11 @@ class Runner:
             if outcome.kind != "ok":
                 self._note(f"{len(job.runs)} runs {outcome.kind}: {outcome.reason}")
 
-    def verify(self, planned: Planned) -> None:
-        """Run the verification, and widen it where its best loss lies at an edge."""
+    def verify(self, planned: Planned, bracketed: Bracketed | None) -> None:
+        """Run the verification, and widen it where it does not tell the optimum and its best loss lies at an edge."""
         for _ in range(1 + MAX_EXTENSIONS):
             self.stage("verify", planned)
-            more = extend_cells(self.study, planned.cells, self.current())
+            more = extend_cells(self.study, planned.cells, self.current(), bracketed)
             if not more.cells:
                 return
             planned = Planned(planned.cells + more.cells, [])

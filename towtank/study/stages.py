@@ -95,7 +95,12 @@ def verify_cells(study: Study, cells: Sequence[Cell], records: Sequence[Record],
     return planned
 
 
-def extend_cells(study: Study, cells: Sequence[Cell], records: Sequence[Record]) -> Planned:
+def extend_cells(
+    study: Study,
+    cells: Sequence[Cell],
+    records: Sequence[Record],
+    bracketed: Callable[..., bool] | None = None,
+) -> Planned:
     """One more learning rate for every arm whose verification found its best loss at an edge: twice or half that rate.
 
     A verification that does not bracket the optimum says only that the prediction missed, not by how much.
@@ -104,11 +109,15 @@ def extend_cells(study: Study, cells: Sequence[Cell], records: Sequence[Record])
         study: a study.
         cells: its verification cells so far.
         records: the records of the study.
+        bracketed: whether an arm's records tell the optimum all the same; such an arm is left as it is.
     """
     planned = Planned([], [])
     free = ("lr", "seed")
     for arm in _grouped(cells, free):
-        key = _without(arm[0], free)
+        key, whole = _without(arm[0], free), _without(arm[0], (*free, study.size))
+        own = [r for r in records if _without(r.config, (*free, study.size)) == whole]
+        if bracketed is not None and bracketed(own, size_axis=study.size):
+            continue
         losses = _mean_losses([r for r in records if r.stage == "verify" and _without(r.config, free) == key])
         if len(losses) < 2:
             continue

@@ -76,6 +76,7 @@ class Ensemble:
         self._z_loss = self._numbers["z_loss"].to(dtype)
         self.alive = torch.ones(len(members), dtype=torch.bool, device=self.device)
         self.updates = 0
+        self._loss_takes_log_z = "log_z" in inspect.signature(self.task.loss).parameters
         self._probes = "probe" in inspect.signature(self._model.forward).parameters
         self._batched = {probing: self._vmapped(probing) for probing in (False, True)}
 
@@ -144,11 +145,12 @@ class Ensemble:
             probe: dict[str, Tensor] = {}
             keywords = {"probe": probe} if probing and self._probes else {}
             outputs = functional_call(self._model, (self._effective(params), buffers), (inputs,), keywords)
-            loss = self.task.loss(outputs, targets)
-            total = loss + z * z_loss(outputs) if penalized else loss
-            if probing and self.task.outputs_are_logits:
-                log_z = outputs.detach().logsumexp(-1)
-                probe |= {"log_z/mean": log_z.mean(), "log_z/min": log_z.amin()}
+            log_z = outputs.logsumexp(-1) if penalized or (probing and self.task.outputs_are_logits) else None
+            known = {"log_z": log_z} if self._loss_takes_log_z else {}
+            loss = self.task.loss(outputs, targets, **known)
+            total = loss + z * z_loss(log_z) if penalized and log_z is not None else loss
+            if probing and log_z is not None:
+                probe |= {"log_z/mean": log_z.detach().mean(), "log_z/min": log_z.detach().amin()}
             return total, loss.detach(), probe
 
         if len(self) == 1:  # nothing to batch: a model that vmap cannot take still trains, alone

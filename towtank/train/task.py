@@ -35,7 +35,8 @@ class Task:
     Args:
         model: one freshly initialized member (drawn from torch's default generator, which the study seeds).
         data: see `Data`.
-        loss: `loss(outputs, targets) -> scalar`, a mean, made of torch operations that `vmap` can batch.
+        loss: `loss(outputs, targets) -> scalar`, a mean, made of torch operations that `vmap` can batch. One that also
+            takes `log_z` is handed the logsumexp of the logits where the z-loss or the signals need it anyway (or None).
         outputs_are_logits: the last axis of the outputs holds class logits: log Z is recorded and the z-loss may be used.
         head: name of the module that makes the outputs, for the parametrization's table.
 
@@ -47,6 +48,6 @@ class Task:
 
     model: nn.Module
     data: Data
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: Callable[..., Tensor]
     outputs_are_logits: bool = False
     head: str = "head"
