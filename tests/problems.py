@@ -34,6 +34,7 @@ class Synthetic:
     regression: bool = False
     poison: tuple[int, int] | None = None  # (seed, step) of a batch with a NaN
     digest: str = "synthetic"
+    heldout_count: int = 2
 
     def batch(self, seed: int, step: int) -> Batch:
         generator = torch.Generator().manual_seed(1_000 * seed + step)
@@ -45,7 +46,7 @@ class Synthetic:
         return x, (scores if self.regression else scores.nan_to_num().argmax(-1))
 
     def heldout(self) -> list[Batch]:
-        return [self.batch(10_000, s) for s in range(2)]
+        return [self.batch(10_000, s) for s in range(self.heldout_count)]
 
 
 def tiny_text(seed: int = 0, tokens: int = 4_000) -> corpora.Corpus:
@@ -86,8 +87,8 @@ def digits_task(*, seed: int = 0, width: int = 16) -> Task:
     return Task(model=model, data=data, loss=cross_entropy, outputs_are_logits=True)
 
 
-def poisoned_task(*, seed: int = 0) -> Task:
-    data = Synthetic((20,), classes=5, poison=(1, 3))
+def poisoned_task(*, seed: int = 0, heldout: int = 2) -> Task:
+    data = Synthetic((20,), classes=5, poison=(1, 3), heldout_count=heldout)
     model = _seeded(seed, lambda: MLP(inputs=20, width=16, outputs=5))
     return Task(model=model, data=data, loss=cross_entropy, outputs_are_logits=True)
 
@@ -98,6 +99,22 @@ def batch_norm_task(*, seed: int = 0) -> Task:
 
     data = Synthetic((20,), classes=5)
     return Task(model=_seeded(seed, make), data=data, loss=cross_entropy, outputs_are_logits=True)
+
+
+def dropout_task(*, seed: int = 0) -> Task:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(20, 16), nn.Dropout(0.5), nn.Linear(16, 5))
+
+    return Task(model=_seeded(seed, make), data=Synthetic((20,), classes=5), loss=cross_entropy)
+
+
+def seeded_data_task(*, seed: int = 0) -> Task:
+    data = Synthetic((20,), classes=5, digest=f"of seed {seed}")
+    return Task(model=_seeded(seed, lambda: nn.Linear(20, 5)), data=data, loss=cross_entropy)
+
+
+def renamed_size_task(*, dim: int, seed: int = 0) -> Task:
+    return gpt_task(width=dim, seed=seed)
 
 
 class Recurrent(nn.Module):

@@ -81,10 +81,10 @@ def test_models_of_other_parameters_are_refused() -> None:
 def test_a_model_drawn_otherwise_is_refused_not_mistaken() -> None:
     torch.manual_seed(0)
     wide, narrow = GPT(width=128), GPT(width=32)
-    plans.require_drawn_by_width(wide, narrow, plans.roles(wide))
+    plans.require_comparable(wide, narrow, plans.roles(wide))
     nn.init.normal_(wide.embedding.weight)  # torch's own default: does not fall with width
     with pytest.raises(ValueError, match=r"embedding\.weight"):
-        plans.require_drawn_by_width(wide, narrow, plans.roles(wide))
+        plans.require_comparable(wide, narrow, plans.roles(wide))
 
 
 def test_output_of_mup_at_initialization_shrinks_with_width() -> None:
@@ -103,3 +103,41 @@ def test_output_of_mup_at_initialization_shrinks_with_width() -> None:
     slopes = {k: math.log2(v[-1] / v[0]) / 4 for k, v in rms.items()}
     assert slopes["sp"] == pytest.approx(0, abs=0.1)
     assert slopes["mup"] == pytest.approx(-0.5, abs=0.1)
+
+
+def test_the_size_key_need_not_be_called_width() -> None:
+    cell = {"lr": 1e-2, "steps": 1, "parametrization": "mup", "base_width": 16}
+    named = build_ensemble([{**cell, "task": "tests.problems:gpt_task", "width": 32}])[0].plan
+    other = build_ensemble([{**cell, "task": "tests.problems:renamed_size_task", "dim": 32, "size_key": "dim"}])[0].plan
+    assert other == named and any(m.lr == 0.5 for m in other.values())
+    with pytest.raises(ValueError, match="size_key = 'width'"):
+        build_ensemble([{**cell, "task": "tests.problems:renamed_size_task", "dim": 32}])
+
+
+class Tied(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, width)
+        self.head = nn.Linear(width, 9, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+class Positions(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.zeros(12, width))
+        self.head = nn.Linear(width, 9)
+
+
+class Unnamed(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.readout = nn.Linear(width, 9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(Tied, "tied"), (Positions, "positions: .*fan-out"), (Unnamed, "Task.head")]
+)
+def test_models_whose_roles_cannot_be_told_are_refused(kind: type, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_of(kind(64), kind(16))

@@ -124,14 +124,73 @@ def test_diverged_member_keeps_its_last_finite_parameters() -> None:
         assert not torch.equal(snapshots[deaths][name][0], last[0])
 
 
-def test_poisoned_batch_stops_only_the_member_that_drew_it() -> None:
-    cells = [
-        {"task": "tests.problems:poisoned_task", "lr": 1e-3, "seed": s, "steps": 8, "signal_every": 1} for s in (0, 1)
-    ]
-    good, bad = train_cells(cells)
-    assert good.status == "done" and bad.status == "diverged"
-    assert bad.steps == 4 and bad.final is None  # the batch of seed 1 at step 3 holds a NaN: its update is the fourth
-    assert "last finite training loss" in bad.reason
+def test_a_nan_in_the_data_is_an_error_of_the_data_not_a_divergence() -> None:
+    cells = [{"task": "tests.problems:poisoned_task", "lr": 1e-3, "seed": s, "steps": 8} for s in (0, 1)]
+    with pytest.raises(ValueError, match="inputs of batch 3 of seed 1"):
+        train_cells(cells)
+    assert train_cells(cells[:1])[0].status == "done"
+
+
+def test_no_held_out_batch_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one held-out batch"):
+        train_cells([{"task": "tests.problems:poisoned_task", "lr": 1e-3, "heldout": 0}])
+
+
+def test_divergence_is_dated_and_explained_between_recordings() -> None:
+    cell = {
+        "task": "tests.problems:digits_task",
+        "lr": 1e30,
+        "clip": math.inf,
+        "steps": 50,
+        "signal_every": 25,
+        "warmup": 0,
+    }
+    (result,) = train_cells([cell])
+    assert result.status == "diverged" and result.final is None
+    assert result.steps < 10 and f"at step {result.steps}" in result.reason
+    assert "loss" in result.reason and "last training loss before: 1." in result.reason
+    assert all(step <= result.steps for curve in result.signals.values() for step, _ in curve)
+
+
+def test_a_last_step_that_ruins_the_held_out_loss_is_divergence() -> None:
+    cell = {"task": "tests.problems:digits_task", "lr": 1e4, "clip": math.inf, "steps": 1, "warmup": 0}
+    (result,) = train_cells([cell])
+    assert result.status == "diverged" and result.final is None and "held-out" in result.reason
+
+
+def test_frozen_parameters_stay_and_the_rest_equals_the_solo_run() -> None:
+    members = [Member(lr=1e-2, seed=0), Member(lr=1e-3, seed=1)]
+    tasks = [PROBLEMS["gpt"](seed=m.seed) for m in members]
+    for task in tasks:
+        task.model.embedding.weight.requires_grad_(False)
+        task.model.blocks[0].up.weight.requires_grad_(False)
+    training = Training(steps=10, precision="float64")
+    together = ensemble_losses(tasks, members, training)
+    alone = [solo_losses(t, m, training) for t, m in zip(tasks, members, strict=True)]
+    assert (together - torch.tensor(alone, dtype=torch.float64).T).abs().max() < 1e-9
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    task = digits_task()
+    task.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="requires a gradient"):
+        ensemble_losses([task], [Member(lr=1e-2)], Training(steps=1))
+
+
+def test_dropout_repeats_and_leaves_the_callers_generator_alone() -> None:
+    cell = {"task": "tests.problems:dropout_task", "lr": 1e-2, "steps": 6}
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = train_cells([cell])
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert first[0].curve == train_cells([cell])[0].curve
+
+
+def test_data_that_depend_on_the_seed_are_refused() -> None:
+    cells = [{"task": "tests.problems:seeded_data_task", "lr": 1e-2, "seed": s} for s in (0, 1)]
+    with pytest.raises(ValueError, match="same data"):
+        train_cells(cells)
 
 
 def test_all_diverged_ends_early() -> None:

@@ -54,7 +54,7 @@ def multipliers(kind: str, role: Role, shape: Shape, base_shape: Shape, *, decay
         decay: `independent` or `coupled`.
 
     Raises:
-        ValueError: for an unknown kind, or shapes of different rank.
+        ValueError: for an unknown kind, shapes of different rank, or a matrix that may be a head or an embedding.
 
     Example:
         >>> multipliers("mup", "matrix", (128, 128), (32, 32))
@@ -68,6 +68,11 @@ def multipliers(kind: str, role: Role, shape: Shape, base_shape: Shape, *, decay
         raise ValueError(f"parametrization = {kind!r}: expected sp | mup")
     if len(shape) != len(base_shape):
         raise ValueError(f"expected shapes of one rank, got {shape} and base {base_shape}")
+    if role == "matrix" and shape[1] != base_shape[1] and shape[0] == base_shape[0]:
+        raise ValueError(
+            f"expected a matrix whose fan-out grows with its fan-in, got {shape} and base {base_shape}: is it"
+            " the head (name it in Task.head) or an embedding (use nn.Embedding)?"
+        )
     if role == "matrix":
         m = shape[1] / base_shape[1]
         return Multipliers(lr=1 / m, weight_decay=m if decay == "coupled" else 1.0)
@@ -85,19 +90,31 @@ def plan(
     """The table of multipliers of a model, keyed by parameter name.
 
     Raises:
-        ValueError: if the base model has other parameters.
+        ValueError: if the base model has other parameters, or a tensor's role in muP cannot be told.
 
     Example:
-        >>> table = plan("mup", {"w": (64, 64)}, {"w": (32, 32)}, {"w": "matrix"}, decay="independent")
-        >>> table["w"].lr
-        0.5
+        >>> wide, narrow = {"w": (64, 64), "out": (9, 64)}, {"w": (32, 32), "out": (9, 32)}
+        >>> table = plan("mup", wide, narrow, {"w": "matrix", "out": "head"}, decay="independent")
+        >>> table["w"].lr, table["out"].forward
+        (0.5, 0.5)
     """
+    if kind != "sp" and "head" not in roles.values():
+        raise ValueError(
+            "expected a head, which muP divides by the width, got none: name its module in Task.head; a head"
+            " tied to the embedding is not supported, use parametrization = 'sp'"
+        )
     if shapes.keys() != base_shapes.keys():
         odd = sorted(shapes.keys() ^ base_shapes.keys())
         raise ValueError(
             f"expected the base model to have the same parameters, got a difference in {odd}; only widths may differ"
         )
-    return {n: multipliers(kind, roles[n], shapes[n], base_shapes[n], decay=decay) for n in shapes}
+    table = {}
+    for name in shapes:
+        try:
+            table[name] = multipliers(kind, roles[name], shapes[name], base_shapes[name], decay=decay)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return table
 
 
 def roles(model: nn.Module, *, head: str = "head") -> dict[str, Role]:
@@ -133,7 +150,7 @@ def shapes(model: nn.Module) -> dict[str, Shape]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def require_drawn_by_width(model: nn.Module, base: nn.Module, roles: Mapping[str, Role]) -> None:
+def require_comparable(model: nn.Module, base: nn.Module, roles: Mapping[str, Role]) -> None:
     """Refuse a model whose initialization does not shrink as 1/sqrt(width), which the table's `init` takes for granted.
 
     The check compares the standard deviation of every embedding and head with that in the base model; it passes within

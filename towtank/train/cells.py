@@ -20,7 +20,6 @@ Scalar = str | int | float | bool | None
 Cell = Mapping[str, Scalar]
 Curve = list[tuple[int, float | None]]
 DEFAULT_TASK = "towtank.train.tasks:gpt"
-SIZE_OF_BASE = "width"  # the key that `base_width` speaks of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,20 +114,35 @@ def train_cells(
 
 
 def _train(cells: Sequence[Cell], device: str, on_step: Callable[[int, int], None] | None) -> list[Result]:
+    import torch
+
     from towtank.train.loop import train
 
     ensemble, training = build_ensemble(cells, device)
     began = time.perf_counter()
     recorders = [_Recorder() for _ in cells]
-    for step in train(ensemble, training):
-        columns = {name: values.tolist() for name, values in _columns(step).items()}
-        alive = step.alive.tolist() if columns else []
-        for index, recorder in enumerate(recorders):
-            recorder.observe(step.step, {name: v[index] for name, v in columns.items()}, alive[index : index + 1])
-        if on_step is not None:
-            on_step(step.step, sum(alive) if alive else len(cells))
+    with torch.random.fork_rng(devices=None if ensemble.device.type == "cuda" else []):
+        torch.manual_seed(ensemble.members[0].seed)  # dropout repeats
+        for step in train(ensemble, training):
+            columns = {name: values.tolist() for name, values in _columns(step).items()}
+            ended = step.fates.step.tolist() if columns else [-1] * len(cells)
+            for index, recorder in enumerate(recorders):
+                recorder.observe(step.step, {name: v[index] for name, v in columns.items()}, ended[index])
+            if on_step is not None:
+                on_step(step.step, sum(e < 0 for e in ended))
     share_s = (time.perf_counter() - began) / len(cells)
-    return [recorder.result(training.steps, share_s) for recorder in recorders]
+    reasons = _reasons(step.fates)
+    return [recorder.result(training.steps, share_s, why) for recorder, why in zip(recorders, reasons, strict=True)]
+
+
+def _reasons(fates: Any) -> list[str]:
+    from towtank.train.loop import CAUSES
+
+    columns = (fates.step.tolist(), fates.cause.tolist(), fates.last_loss.tolist())
+    return [
+        f"{CAUSES[cause]} at step {step}; last training loss before: {loss:.4g}" if step >= 0 else ""
+        for step, cause, loss in zip(*columns, strict=True)
+    ]
 
 
 def _first_line(error: Exception) -> str:
@@ -146,11 +160,12 @@ def canonical(cell: Cell) -> dict[str, Scalar]:
         True
     """
     same = dict(cell)
-    base = same.get("base_width", Training.base_width)
-    if same.get("parametrization") == "mup" and same.get(SIZE_OF_BASE) == base:
+    base, size = same.get("base_width", Training.base_width), str(same.get("size_key", Training.size_key))
+    if same.get("parametrization") == "mup" and same.get(size) == base:
         same["parametrization"] = "sp"
     if same.get("parametrization", "sp") == "sp":
         same.pop("base_width", None)
+        same.pop("size_key", None)
     return same
 
 
@@ -199,15 +214,16 @@ def build_ensemble(cells: Sequence[Cell], device: str = "cpu") -> tuple[Ensemble
     first = cells[0]
     training = Training(**{k: v for k, v in first.items() if k in TRAINING_KEYS})  # pyright: ignore[reportArgumentType]
     members = [Member(**{k: v for k, v in c.items() if k in MEMBER_KEYS}) for c in cells]  # pyright: ignore[reportArgumentType]
-    by_seed = {m.seed: build_task(c) for m, c in zip(members, cells, strict=True)}
+    by_seed = {m.seed: c for m, c in zip(members, cells, strict=True)}
+    by_seed = {seed: build_task(c) for seed, c in by_seed.items()}
     tasks = [by_seed[m.seed] for m in members]
-    model, head = tasks[0].model, tasks[0].head
-    base = (
-        build_task({**first, SIZE_OF_BASE: training.base_width}).model if training.parametrization == "mup" else model
-    )
-    roles = plans.roles(model, head=head)
+    if len({t.data.digest for t in by_seed.values()}) > 1:
+        raise ValueError("data: expected the same data (digest) for every seed; `batch(seed, step)` is given the seed")
+    model = tasks[0].model
+    roles = plans.roles(model, head=tasks[0].head)
+    base = _base_model(first, training) if training.parametrization == "mup" else model
     if training.parametrization == "mup":
-        plans.require_drawn_by_width(model, base, roles)
+        plans.require_comparable(model, base, roles)
     table = plans.plan(training.parametrization, plans.shapes(model), plans.shapes(base), roles, decay=training.decay)
     ensemble = Ensemble(
         tasks, members, plan=table, roles=roles, decay=training.decay, device=device,
@@ -217,6 +233,18 @@ def build_ensemble(cells: Sequence[Cell], device: str = "cpu") -> tuple[Ensemble
     if planner.should_compile(training.compile, device, parameters, len(cells), training.steps):
         ensemble.compile()
     return ensemble, training
+
+
+def _base_model(cell: Cell, training: Training) -> Any:
+    """The model that the cell's task builds at the base width.
+
+    Raises:
+        ValueError: if the task has no such argument.
+    """
+    base = {**cell, training.size_key: training.base_width}
+    if training.size_key not in _arguments(task_function(str(cell.get("task", DEFAULT_TASK))), base):
+        raise ValueError(f"size_key = {training.size_key!r}: expected an argument of the task, which muP varies")
+    return build_task(base).model
 
 
 def _arguments(function: Callable[..., Any], cell: Cell) -> dict[str, Scalar]:
@@ -259,21 +287,20 @@ class _Recorder:
         self.signals: dict[str, Curve] = {}
         self.diverged: int | None = None
 
-    def observe(self, step: int, values: dict[str, float], alive: list[bool]) -> None:
-        if self.diverged is not None:
+    def observe(self, step: int, values: dict[str, float], ended: int) -> None:
+        """Values of a step, of which those after the member's end (-1: alive) are not its own."""
+        if 0 <= ended < step:
+            self.diverged = ended
             return
         for name, value in values.items():
             curve = self.curve if name == "heldout" else self.signals.setdefault(name, [])
             curve.append((step, value if abs(value) < float("inf") else None))
-        if alive and not alive[0]:
+        if ended == step:
             self.diverged = step
 
-    def result(self, steps: int, time_s: float) -> Result:
+    def result(self, steps: int, time_s: float, reason: str) -> Result:
         initial = self.curve[0][1] if self.curve else None
         common = {"initial": initial, "curve": self.curve, "signals": self.signals, "time_s": time_s}
         if self.diverged is None:
             return Result(status="done", steps=steps, final=self.curve[-1][1], **common)
-        losses = self.signals.get("train/loss", [])
-        last = next((f"{v:.4g} at step {s}" for s, v in reversed(losses) if v is not None), "none")
-        reason = f"loss or gradient not finite, or loss too large, by step {self.diverged}; last finite training loss: {last}"
         return Result(status="diverged", steps=self.diverged, reason=reason, **common)

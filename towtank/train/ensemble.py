@@ -69,8 +69,9 @@ class Ensemble:
         self.device = torch.device(device)
         self._model = tasks[0].model
         self.params, self._buffers, self._buffer_dims = _stack([t.model for t in tasks], self.device, dtype)
-        for name, p in self.params.items():
-            p.mul_(plan[name].init)
+        for name, p in (self.params | self._buffers).items():
+            if name in plan:  # frozen parameters are among the buffers
+                p.mul_(plan[name].init)
         self._state = {name: adamw.init(p) for name, p in self.params.items()}
         self._numbers = _member_columns(members, self.device)
         self._z_loss = self._numbers["z_loss"].to(dtype)
@@ -110,7 +111,8 @@ class Ensemble:
         self._model.eval()
 
         def loss(params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-            return self.task.loss(functional_call(self._model, (self._effective(params), buffers), (inputs,)), targets)
+            state = (self._effective(params), self._effective(buffers))
+            return self.task.loss(functional_call(self._model, state, (inputs,)), targets)
 
         chosen = slice(None) if members is None else list(members)
         params = {name: p[chosen] for name, p in self.params.items()}
@@ -134,9 +136,10 @@ class Ensemble:
     def _dtype(self) -> torch.dtype:
         return next(iter(self.params.values())).dtype
 
-    def _effective(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        forward = {name: self.plan[name].forward for name in params}
-        return {name: p if forward[name] == 1 else p * forward[name] for name, p in params.items()}
+    def _effective(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters (frozen ones are among the buffers) times their forward multipliers."""
+        forward = {name: self.plan[name].forward if name in self.plan else 1 for name in tensors}
+        return {name: t if forward[name] == 1 else t * forward[name] for name, t in tensors.items()}
 
     def _vmapped(self, probing: bool):  # noqa: ANN202 - a function of tensors
         penalized = bool((self._numbers["z_loss"] > 0).any())
@@ -144,7 +147,8 @@ class Ensemble:
         def member(params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor, targets: Tensor, z: Tensor):
             probe: dict[str, Tensor] = {}
             keywords = {"probe": probe} if probing and self._probes else {}
-            outputs = functional_call(self._model, (self._effective(params), buffers), (inputs,), keywords)
+            state = (self._effective(params), self._effective(buffers))
+            outputs = functional_call(self._model, state, (inputs,), keywords)
             log_z = outputs.logsumexp(-1) if penalized or (probing and self.task.outputs_are_logits) else None
             known = {"log_z": log_z} if self._loss_takes_log_z else {}
             loss = self.task.loss(outputs, targets, **known)
@@ -221,9 +225,17 @@ class Ensemble:
 
 
 def _stack(models: Sequence[nn.Module], device: torch.device, dtype: torch.dtype):  # noqa: ANN202
-    """Stacked parameters, buffers, and for each buffer whether it has a member axis (equal constants are shared)."""
+    """Stacked parameters, buffers, and for each buffer whether it has a member axis (equal constants are shared).
+
+    Raises:
+        ValueError: if no parameter requires a gradient.
+    """
     params, stacked = stack_module_state(list(models))
-    params = {name: p.detach().to(device, dtype, copy=True) for name, p in params.items()}
+    trained = {name for name, p in models[0].named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("expected a model with at least one parameter that requires a gradient, got none")
+    stacked |= {name: p.detach() for name, p in params.items() if name not in trained}
+    params = {name: p.detach().to(device, dtype, copy=True) for name, p in params.items() if name in trained}
     running = {  # buffers that a forward pass writes must be each member's own
         f"{name}.{b}".removeprefix(".")
         for name, module in models[0].named_modules()
@@ -235,7 +247,7 @@ def _stack(models: Sequence[nn.Module], device: torch.device, dtype: torch.dtype
     for name, b in stacked.items():
         shared = name not in running and torch.equal(b, b[:1].expand_as(b))
         b = b[0] if shared else b
-        buffers[name] = b.to(device, dtype if b.is_floating_point() else None)
+        buffers[name] = b.to(device, dtype if b.is_floating_point() else None, copy=True)
         dims[name] = None if shared else 0
     return params, buffers, dims
 

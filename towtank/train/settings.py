@@ -64,6 +64,7 @@ class Training:
         decay: `independent` (p -= s_t * lambda * p) or `coupled` (p -= s_t * lr * lambda * p, as in torch.optim.AdamW).
         parametrization: `sp` or `mup`; the rules are in `towtank.scaling.plan`.
         base_width: value of the size key at which `mup` equals `sp`.
+        size_key: the argument of the task that says how wide a model is; a study sets it to its `size`.
         eval_every: steps between held-out evaluations; 0 means at the start and at the end only.
         signal_every: steps between recordings of the signals.
         diverged_at: a member whose loss exceeds this multiple of its initial loss has diverged.
@@ -82,6 +83,7 @@ class Training:
     decay: Decay = "independent"
     parametrization: Parametrization = "sp"
     base_width: int = 32
+    size_key: str = "width"
     eval_every: int = 0
     signal_every: int = 20
     diverged_at: float = 4.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from towtank.train import corpus as corpora
@@ -38,12 +39,17 @@ def gpt(
     from towtank.train.models.gpt import GPT
     from towtank.train.task import Task
 
-    text = corpora.load(corpus)
+    text = _corpus(corpus)
     model = GPT(
         width=width, depth=depth, head_dim=head_dim, vocabulary=text.vocabulary, context=context, qk_norm=qk_norm
     )
     data = Windows(text, batch, context, heldout_batches)
     return Task(model=model, data=data, loss=cross_entropy, outputs_are_logits=True)
+
+
+@lru_cache(maxsize=4)
+def _corpus(source: str) -> corpora.Corpus:
+    return corpora.load(source)
 
 
 @dataclass(frozen=True)
