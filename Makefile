@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# TORCH=keep reuses the torch of $(PYTHON); TORCH=pinned installs the version in constraints.txt.
-TORCH ?= $(shell $(PYTHON) -c "import importlib.util as u; print('keep' if u.find_spec('torch') else 'pinned')" 2>/dev/null || echo pinned)
+# TORCH=keep reuses the torch of $(PYTHON), which must not be in a virtual environment; TORCH=pinned installs the version
+# in constraints.txt.
+TORCH ?= $(shell $(PYTHON) -c "import importlib.util as u, sys; print('keep' if sys.prefix == sys.base_prefix and u.find_spec('torch') else 'pinned')" 2>/dev/null || echo pinned)
 OUT ?= runs/lr-transfer
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -171,6 +172,30 @@ def test_predict(swept: Path) -> None:
     assert code == 2 and "expected a positive number" in err
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_without_a_study_the_size_key_is_found_from_the_records(tmp_path: Path, broken: bool) -> None:
+    study = write_study(
+        tmp_path, 'size = "depth"\n' + STUDY.replace("width = [32, 64, 128]", "depth = [2, 4]\nwidth = [32]")
+    )
+    towtank("sweep", study, "--workers", "1", cwd=tmp_path)
+    kept = tmp_path / "runs" / "mine" / "study.toml"
+    kept.write_text("name = [") if broken else kept.unlink()
+    code, out, err = towtank("report", "runs/mine", "--json", cwd=tmp_path)
+    said = json.loads(out)["answer"]
+    assert code in (0, 1) and said["size_axis"] == "depth"
+    assert ("study.toml" in err) == broken == any("study.toml" in warning for warning in said["warnings"])
+    code, out, err = towtank("predict", "runs/mine", "--size", "8", "--json", cwd=tmp_path)
+    assert code in (0, 1) and json.loads(out)["size_axis"] == "depth" and ("study.toml" in err) == broken
+
+
+def test_a_task_beside_its_study_is_found(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "task_beside.py").write_text("from light_task import bowl\n")
+    study = write_study(tmp_path, STUDY.replace("light_task:", "task_beside:"), "far/mine.toml")
+    code, _, err = towtank("sweep", study, "--workers", "1", cwd=tmp_path)
+    assert code in (0, 1) and "runs" in err and "imports" not in err
+
+
 def test_dry_run_trains_and_writes_nothing(swept: Path, tmp_path: Path) -> None:
     study = write_study(tmp_path, STUDY + "[fixed]\ntrace = 'trace'\n[refine]\nseeds = [2]\n" + VERIFY)
     code, out, _ = towtank("sweep", study, "--dry-run", "--json", "--workers", "2", cwd=tmp_path)
@@ -181,6 +206,7 @@ def test_dry_run_trains_and_writes_nothing(swept: Path, tmp_path: Path) -> None:
     assert said["plan"]["time_s"] > 0 and [path.name for path in tmp_path.iterdir()] == ["mine.toml"]
     code, text, _ = towtank("sweep", "mine.toml", "--dry-run", cwd=swept)
     assert code == 0 and "63 of 63 runs are done in runs/mine" in text
+    assert "widened by up to 2 learning rates for each arm" in " ".join(text.split())
 
 
 def test_seeds(tmp_path: Path) -> None:
@@ -290,7 +316,15 @@ def test_a_closed_standard_output_is_no_error(swept: Path) -> None:
         assert process.stdout and process.stderr
         process.stdout.close()
         assert "Traceback" not in (err := process.stderr.read()) and "BrokenPipe" not in err
-        process.wait()
+        assert process.wait() == 0
+
+
+@pytest.mark.parametrize("command", ["studies", "studies --json", "report runs/mine", "--version"])
+def test_a_standard_output_closed_from_the_start_is_no_error(swept: Path, command: str) -> None:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
+    line = f"{shlex.quote(sys.executable)} -m towtank.cli {command} >&-"
+    ended = subprocess.run(line, shell=True, cwd=swept, env=env, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 0 and "Error" not in ended.stderr
 
 
 @pytest.mark.parametrize("command", [["report", "runs/mine"], ["sweep", "mine.toml", "--dry-run"], ["--help"]])

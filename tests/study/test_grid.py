@@ -71,6 +71,17 @@ def test_what_the_task_refuses_is_an_error_of_the_study() -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("error", [KeyError("corpus"), RuntimeError("shapes\n(2, 3)"), AttributeError("no digest")])
+def test_any_error_of_a_task_that_cannot_be_built_is_one_line_naming_task_and_type(error: Exception) -> None:
+    def fail(cell):
+        raise error
+
+    with pytest.raises(ConfigError) as caught:
+        Describer(fail).runs(CELLS, "grid")
+    said = str(caught.value)
+    assert light_task.TASK in said and f"got {type(error).__name__}: " in said and "\n" not in said
+
+
 @pytest.mark.parametrize(("workers", "memory"), [*itertools.product([1, 2, 8], [1.0, 300.0, 1e9])])
 def test_jobs_hold_each_run_once_and_fit_memory_and_workers(workers: int, memory: float) -> None:
     jobs = make_jobs(RUNS, workers=workers, memory=memory)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import Executor, Future
@@ -19,6 +20,7 @@ import pytest
 from towtank.estimate import Interval, Verdict
 from towtank.study import record as record_module
 from towtank.study.config import Refine, Study, Verify
+from towtank.study.crew import Crew
 from towtank.study.errors import ConfigError, FolderError
 from towtank.study.executors import InProcessExecutor, WorkerPool
 from towtank.study.record import load_records
@@ -221,6 +223,25 @@ def test_a_study_that_does_not_fit_makes_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         run(study(fixed={"dpeth": 3}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_cannot_be_built_is_refused_before_the_grid_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="width = 257: expected a multiple of 2"):
+        run(study(verify=Verify(target=257)), tmp_path / "out", predict=predict)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_counter_whose_lock_is_never_released_is_read_and_replaced() -> None:
+    crew = Crew(light_task.work, "cpu", workers=2)
+    crew._counter.value = 3.0
+    lock = crew._counter.get_lock()
+    thread = threading.Thread(target=lock.acquire)  # as a worker that was killed with it
+    thread.start()
+    thread.join()
+    assert crew.progress() == 3.0
+    crew._renew()
+    assert crew._counter.get_lock() is not lock and crew.progress() == 3.0
+    crew.close()
 
 
 def test_any_executor_may_be_passed(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from towtank.study.record import Record
 
 if TYPE_CHECKING:
     from towtank.report.answer import Answer
+    from towtank.study.config import Study
 
 
 def report(folder: Path, json: bool, *, open_page: bool = False, damaged: int = 0, **extra: Any) -> int:
@@ -33,7 +34,7 @@ def report(folder: Path, json: bool, *, open_page: bool = False, damaged: int = 
     """
     from towtank.report.page import write_report
 
-    answer, problems = make_answer(StudyFolder(folder))
+    answer, problems, warnings = make_answer(StudyFolder(folder))
     page = _written(write_report, answer, folder / "report.html")
     code = exit_code(answer, damaged + len(problems))
     if json:
@@ -42,8 +43,8 @@ def report(folder: Path, json: bool, *, open_page: bool = False, damaged: int = 
         from towtank.report.terminal import show_answer
 
         show_answer(answer, console())
-    for problem in problems:
-        say(f"warning: {problem}")
+    for warning in warnings:
+        say(f"warning: {warning}")
     say(f"report: {page}")
     if open_page:
         webbrowser.open(page.resolve().as_uri())
@@ -57,16 +58,18 @@ def predict(folder: Path, sizes: dict[str, float | None], json: bool) -> int:
         ConfigError: unless exactly one size is given, of a key the runs have.
     """
     from towtank.report.answer import predict as predict_size
+    from towtank.report.grouping import size_axis
 
     records, problems = _records(StudyFolder(folder))
-    study = StudyFolder(folder).study()
-    axis, value = _asked_size(sizes, study.size if study else "width", records)
+    study, unread = _study(StudyFolder(folder))
+    axis, value = _asked_size(sizes, study.size if study else size_axis(records), records)
     predictions = predict_size(records, value, size_axis=axis)
-    for problem in problems:
-        say(f"warning: {problem}")
+    warnings = [*problems, *unread]
+    for warning in warnings:
+        say(f"warning: {warning}")
     if json:
         print_json(
-            "predict", folder=str(folder), size_axis=axis, size=value, predictions=predictions, warnings=problems
+            "predict", folder=str(folder), size_axis=axis, size=value, predictions=predictions, warnings=warnings
         )
     else:
         from towtank.report.terminal import show_predictions
@@ -78,8 +81,8 @@ def predict(folder: Path, sizes: dict[str, float | None], json: bool) -> int:
     return REFUSED if refused else OK
 
 
-def make_answer(folder: StudyFolder) -> tuple[Answer, list[str]]:
-    """The answer of a folder's records, and what is wrong with the folder.
+def make_answer(folder: StudyFolder) -> tuple[Answer, list[str], list[str]]:
+    """The answer of a folder's records, what is wrong with the records, and all to warn of.
 
     Raises:
         FolderError: if it holds no records.
@@ -87,20 +90,21 @@ def make_answer(folder: StudyFolder) -> tuple[Answer, list[str]]:
     from towtank.report.answer import answer
 
     records, problems = _records(folder)
-    study = folder.study()
+    study, unread = _study(folder)
+    warnings = [*problems, *unread]
     made = answer(
         records,
         study=study.name if study else records[0].study,
         question=study.question if study else "",
-        size_axis=study.size if study else "width",
+        size_axis=study.size if study else None,
         target=study.verify.target if study and study.verify else None,
-        warnings=problems,
+        warnings=warnings,
     )
     if made.reproduce or not study:
-        return made, problems
+        return made, problems, warnings
     path = shlex.quote(str(folder.path))
     commands = (f"towtank sweep {path}/study.toml --out {path}", f"towtank report {path}")
-    return dataclasses.replace(made, reproduce=commands), problems
+    return dataclasses.replace(made, reproduce=commands), problems, warnings
 
 
 def exit_code(answer: Answer, damaged: int = 0) -> int:
@@ -119,6 +123,14 @@ def _records(folder: StudyFolder) -> tuple[list[Record], list[str]]:
         more = f" ({len(problems)} damaged, the first: {problems[0]})" if problems else ""
         raise FolderError(f"{folder.path}: expected at least one record in records/{more}")
     return records, problems
+
+
+def _study(folder: StudyFolder) -> tuple[Study | None, list[str]]:
+    """The study of a folder, and what is wrong with its file; the records answer without it."""
+    try:
+        return folder.study(), []
+    except ConfigError as error:
+        return None, [f"{error}; answered from the records alone"]
 
 
 def _asked_size(sizes: dict[str, float | None], own: str, records: list[Record]) -> tuple[str, float]:

@@ -40,6 +40,7 @@ def run(arguments: list[str]) -> int:
     Returns:
         The exit code; every error has become one line on the error stream (TOWTANK_DEBUG=1 shows its traceback).
     """
+    _open_streams()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # tasks of the user, beside their study
     try:
@@ -47,7 +48,9 @@ def run(arguments: list[str]) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else OK
     except BrokenPipeError:  # the reader of our output has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        from towtank.cli.output import drop_output
+
+        drop_output()
         return OK
     except Exception as error:
         if os.environ.get("TOWTANK_DEBUG"):
@@ -130,6 +133,14 @@ def report(
     from towtank.cli import answering
 
     return answering.report(folder, json, open_page=open_page)
+
+
+def _open_streams() -> None:
+    """Lead standard streams that were closed before we began to nowhere: Python has None for them."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open as long as the process)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _report_error(error: Exception) -> int:

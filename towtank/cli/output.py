@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +17,29 @@ def print_json(command: str, **content: Any) -> None:
     import msgspec
 
     text = msgspec.json.encode({"schema": JSON_SCHEMA, "command": command, **content}, enc_hook=str)
-    sys.stdout.write(text.decode() + "\n")
+    try:
+        sys.stdout.write(text.decode() + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop_output()
+
+
+def drop_output() -> None:
+    """Lead the standard output, which nobody reads any more, to nowhere; the command goes on, and its exit code counts."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def console() -> Console:
     """A console on the standard output that honours NO_COLOR, TERM=dumb and the width of the terminal."""
     from rich.console import Console
 
-    return Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
+    class Patient(Console):
+        """Rich's own would exit with 1 when its reader has had enough."""
+
+        def on_broken_pipe(self) -> None:
+            drop_output()
+
+    return Patient(file=sys.stdout, markup=False, highlight=False, emoji=False)
 
 
 def say(text: str) -> None:

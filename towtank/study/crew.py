@@ -13,6 +13,7 @@ from towtank.study.executors import (
     Outcome,
     Work,
     WorkerPool,
+    counted,
     run_job,
     step_counter,
     usable_cpus,
@@ -37,8 +38,9 @@ class Crew:
 
     def __init__(self, work: Work, device: str, workers: int, executor: Executor | None = None) -> None:
         self._work, self._device, self.workers = work, device, workers
-        self._counter = step_counter() if executor is None and workers > 1 else _LocalCounter()
         self._own = executor is None
+        self._counter = self._new_counter()
+        self._counted = 0.0  # by the workers before these
         self._executor = executor or self._new_executor()
         self._out_of_memory_at = float("inf")
 
@@ -49,7 +51,7 @@ class Crew:
 
     def progress(self) -> float:
         """Cost of all steps made so far."""
-        return self._counter.value
+        return self._counted + counted(self._counter)
 
     def outcomes(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Outcome]]:
         """Every job with its outcome, as they end; a job out of memory is split, one whose worker died is tried again."""
@@ -114,7 +116,12 @@ class Crew:
     def _renew(self) -> None:
         if self._own:
             self.close(kill=True)
+            self._counted, self._counter = self.progress(), self._new_counter()
             self._executor = self._new_executor()
+
+    def _new_counter(self) -> Any:
+        """Never that of workers who died: one of them may hold its lock for ever."""
+        return step_counter() if self._own and self.workers > 1 else _LocalCounter()
 
     def _new_executor(self) -> Executor:
         if self.workers == 1:
@@ -129,6 +136,9 @@ class _LocalCounter:
 
     def __init__(self) -> None:
         self.value = 0.0
+
+    def get_obj(self) -> _LocalCounter:
+        return self
 
     def get_lock(self) -> Any:
         from contextlib import nullcontext

@@ -13,7 +13,7 @@ from towtank.study.executors import usable_cpus
 from towtank.study.folder import StudyFolder
 from towtank.study.grid import Cell, Describe, Describer, Run, expand, make_jobs, same_runs
 from towtank.study.record import Record, Scalar
-from towtank.study.run import FINAL, default_workers, describer
+from towtank.study.run import FINAL, MAX_EXTENSIONS, default_workers, describer
 from towtank.study.stages import refine_cells, seeds_at
 
 _EVALUATION = 1.1  # the held-out loss before and after
@@ -101,7 +101,7 @@ def dry_run(
         workers=workers,
         time_s=sum(row.time_s for row in rows) / workers,
         memory=max((row.memory for row in rows), default=0.0) * workers,
-        notes=(*notes, *problems),
+        notes=(*notes, *problems, *_widening(study)),
     )
 
 
@@ -168,6 +168,16 @@ def _all_refined(study: Study, cells: Sequence[Cell]) -> list[Cell]:
         for cell in cells
         if cell["lr"] in rates
         for seed in seeds_at(study.refine, float(cell[study.size] or 1), largest)
+    ]
+
+
+def _widening(study: Study) -> list[str]:
+    """What a verification may take besides its rows."""
+    if study.verify is None:
+        return []
+    return [
+        f"a verification that does not find its optimum is widened by up to {MAX_EXTENSIONS} learning rates for each arm, "
+        "not counted here"
     ]
 
 

@@ -84,6 +84,11 @@ def step_counter() -> Any:
     return multiprocessing.get_context("spawn").Value("d", 0.0)
 
 
+def counted(counter: Any) -> float:
+    """What a counter shows, read without its lock: a worker may have died with it."""
+    return counter.get_obj().value
+
+
 def use_counter(counter: Any) -> None:
     """Count the steps that this process makes itself."""
     global _counter
@@ -147,12 +152,14 @@ def _free_device_memory() -> None:
 
 
 def _start_worker(threads: int, counter: Any, parent: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)  # torch, not yet imported, reads them
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)  # torch, when imported, reads them
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
-    _keep_freed_memory()
+    keep_freed_memory()
     use_counter(counter)
+    if (torch := sys.modules.get("torch")) is not None:  # the main script imports it, which was before this
+        torch.set_num_threads(threads)
 
 
 def _exit_with_parent(parent: int) -> None:
@@ -161,7 +168,7 @@ def _exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc reuse large blocks in place of returning them to the system after each step (about 10 % faster)."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

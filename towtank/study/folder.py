@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from towtank.study.config import Study
-from towtank.study.errors import ConfigError, FolderError, plain
+from towtank.study.errors import FolderError, plain
 from towtank.study.load import load_study, study_toml
 from towtank.study.record import Record, decode, load_records, remove_leftovers, write_atomic, write_record
 
@@ -109,11 +109,13 @@ class StudyFolder:
         return load_records(self.path, quarantine=quarantine)
 
     def study(self) -> Study | None:
-        """The study that was swept here, if it can be read; its task is not imported."""
-        try:
-            return load_study(self.path / "study.toml", check_task=False)
-        except ConfigError:
-            return None
+        """The study that was swept here, None if its file is gone; its task is not imported.
+
+        Raises:
+            ConfigError: if the file cannot be read.
+        """
+        file = self.path / "study.toml"
+        return load_study(file, check_task=False) if file.exists() else None
 
     def _holder(self) -> str:
         try:

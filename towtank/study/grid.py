@@ -120,7 +120,7 @@ class Describer:
     """Describes cells, asking `describe` once for all that differ only in their numbers.
 
     Args:
-        describe: what describes one cell; its ValueError and OSError mean a study that cannot be built.
+        describe: what describes one cell; its errors mean a study that cannot be built.
     """
 
     def __init__(self, describe: Describe) -> None:
@@ -137,9 +137,9 @@ class Describer:
         if group not in self._known:
             try:
                 self._known[group] = self._describe(cell)
-            except (ValueError, TypeError, OSError) as error:
-                message = " ".join(str(error).split())
-                raise ConfigError("task", f"cells that it can build, got: {message}", value=cell["task"]) from error
+            except Exception as error:  # the user's task may fail in any way
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+                raise ConfigError("task", f"cells that it can build, got {why}", value=cell["task"]) from error
         about = self._known[group]
         return Run(id=cell_id(cell, about.corpus), cell=cell, stage=stage, about=about)
 
@@ -194,4 +194,4 @@ def _defaults(study: Study, keys: Keys) -> Cell:
     """What a cell holds where the grid says nothing."""
     known = {name: key.default for name, key in keys.known.items() if not key.required}
     fixed = {name: keys.of(name).coerce(value) for name, value in study.fixed.items()}
-    return {"task": study.task, **known, **fixed}  # type: ignore[dict-item]
+    return {"task": study.task, **known, "size_key": study.size, **fixed}  # type: ignore[dict-item]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -26,7 +27,7 @@ def load_study(source: str | Path, *, check_task: bool = True) -> Study:
 
     Args:
         source: path of a file, or a name of `builtin_studies`.
-        check_task: import the task function and check the keys against it.
+        check_task: import the task function, which may be beside the file, and check the keys against it.
 
     Raises:
         ConfigError: one line: file and line, key, value, what is allowed, the nearest known key.
@@ -39,6 +40,7 @@ def load_study(source: str | Path, *, check_task: bool = True) -> Study:
     try:
         study = _parse(text)
         if check_task:
+            _make_importable(source)
             study.check_task()
     except ConfigError as error:
         line = _line_of(text, error.key)
@@ -85,6 +87,13 @@ def _read(source: str | Path) -> tuple[str, str]:
     if len(text) > _MAX_BYTES:
         raise ConfigError(shown, f"a study of at most {_MAX_BYTES} bytes")
     return shown, text
+
+
+def _make_importable(source: str | Path) -> None:
+    """Let a task beside its study file be imported, here and in the workers, which are given this `sys.path`."""
+    folder = str(Path(source).absolute().parent)
+    if Path(source).is_file() and folder not in sys.path:
+        sys.path.append(folder)
 
 
 def _content(source: str | Path) -> bytes | None:

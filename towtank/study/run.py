@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor
@@ -15,12 +16,13 @@ import msgspec
 from towtank.study.config import Study
 from towtank.study.crew import Crew
 from towtank.study.environment import available_memory, differences, environment
+from towtank.study.errors import ConfigError
 from towtank.study.executors import Outcome, Work, usable_cpus
 from towtank.study.folder import StudyFolder
 from towtank.study.grid import Cell, Describe, Describer, Job, Run, expand, make_jobs, same_runs
 from towtank.study.progress import Silent
 from towtank.study.record import Loss, Record, Stage
-from towtank.study.stages import Planned, extend_cells, refine_cells, verify_cells
+from towtank.study.stages import Planned, extend_cells, refine_cells, target_cells, verify_cells
 
 _MOST_WORKERS = 16
 _WORKER_BYTES = 3e8  # torch and a corpus, before any ensemble
@@ -94,9 +96,15 @@ def sweep(
     Example:
         >>> swept = sweep(load_study("lr-transfer"), "runs/lr-transfer", predict=predict)  # doctest: +SKIP
     """
+    if executor is None and multiprocessing.parent_process() is not None:
+        raise ConfigError(
+            "sweep", "to be called under `if __name__ == '__main__':`; worker processes import the script anew"
+        )
     cells, notes = expand(study)
     describing = describer(describe)
     describing.runs(cells, "grid")  # a study that cannot be built leaves no trace
+    if predict is not None:
+        describing.runs(target_cells(study, cells), "verify")  # and is not found out after hours of training
     folder = StudyFolder(out)
     folder.create()
     workers = workers or default_workers(device, executor)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from towtank.study.config import Refine, Study
 from towtank.study.grid import Cell
-from towtank.study.record import Record
+from towtank.study.record import Record, Scalar
 
 Predictor = Callable[[Sequence[Record], float], tuple[float | None, str]]
 """Records of one arm and a size -> the learning rate to try there, or None and why it cannot be told."""
@@ -66,6 +66,13 @@ def seeds_at(refine: Refine, size: float, largest: float) -> list[int]:
     return seeds
 
 
+def target_cells(study: Study, cells: Sequence[Cell]) -> list[Cell]:
+    """A cell of the target size for each arm, at a learning rate of the grid: what can be known of it before training."""
+    if study.verify is None:
+        return []
+    return [arm[0] | {study.size: _target(study, arm[0])} for arm in _grouped(cells, (study.size, "lr", "seed"))]
+
+
 def verify_cells(study: Study, cells: Sequence[Cell], records: Sequence[Record], predict: Predictor) -> Planned:
     """The target size at the predicted learning rate times each factor, for every arm that has a prediction.
 
@@ -86,9 +93,8 @@ def verify_cells(study: Study, cells: Sequence[Cell], records: Sequence[Record],
         if rate is None:
             planned.notes.append(f"{_label(study, arm[0], size=False)}: not verified, no prediction ({why})")
             continue
-        target = type(arm[0][study.size])(study.verify.target)  # type: ignore[arg-type, call-arg, misc]
         planned.cells.extend(
-            arm[0] | {study.size: target, "lr": float(f"{rate * factor:.3g}"), "seed": seed}
+            arm[0] | {study.size: _target(study, arm[0]), "lr": float(f"{rate * factor:.3g}"), "seed": seed}
             for factor in study.verify.factors
             for seed in study.verify.seeds
         )
@@ -128,6 +134,12 @@ def extend_cells(
         seeds = dict.fromkeys(cell["seed"] for cell in arm)
         planned.cells.extend(arm[0] | {"lr": rate, "seed": seed} for seed in seeds)
     return planned
+
+
+def _target(study: Study, cell: Cell) -> Scalar:
+    """The target size, as the type that the sizes of the grid have."""
+    assert study.verify is not None
+    return type(cell[study.size])(study.verify.target)  # type: ignore[arg-type, call-arg, misc]
 
 
 def _grouped(cells: Sequence[Cell], free: tuple[str, ...]) -> list[list[Cell]]:

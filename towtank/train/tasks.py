@@ -34,11 +34,17 @@ def gpt(
         batch: windows in a batch.
         heldout_batches: held-out batches behind every held-out loss.
         corpus: `builtin`, a file, folder or glob of text, or a `.bin` file of uint16 tokens.
+
+    Raises:
+        ValueError: if a number is below 1, or the corpus cannot be had.
     """
     from towtank.losses import cross_entropy
     from towtank.train.models.gpt import GPT
     from towtank.train.task import Task
 
+    for name, value in {"depth": depth, "context": context, "batch": batch, "heldout_batches": heldout_batches}.items():
+        if value < 1:
+            raise ValueError(f"{name} = {value}: expected 1 or more")
     text = _corpus(corpus)
     model = GPT(
         width=width, depth=depth, head_dim=head_dim, vocabulary=text.vocabulary, context=context, qk_norm=qk_norm
