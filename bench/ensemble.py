@@ -21,6 +21,8 @@ import sys
 import time
 from datetime import date
 
+from towtank.train.planner import largest_ensemble
+
 RATES = [2.0**k for k in range(-10, -2)]
 SETTINGS = {"z_loss": 1e-4, "weight_decay": 1e-4, "depth": 2, "qk_norm": True, "context": 64, "batch": 8}
 STUDY_STEPS = 200
@@ -70,23 +72,26 @@ class Loop:
 
 
 class Together:
-    """The same runs as one ensemble."""
+    """The same runs in ensembles of at most `most` members."""
 
-    def __init__(self, width: int, steps: int, device: str, compile: str) -> None:
+    def __init__(self, width: int, steps: int, device: str, compile: str, most: int = len(RATES)) -> None:
         from towtank.train.cells import build_ensemble
 
         self.steps, self.done = steps, 0
-        self.ensemble, self.training = build_ensemble([cell(width, lr, steps, compile) for lr in RATES], device)
+        cells = [cell(width, lr, steps, compile) for lr in RATES]
+        parts = [cells[i : i + most] for i in range(0, len(cells), most)]
+        self.ensembles = [build_ensemble(part, device)[0] for part in parts]
 
     def advance(self, count: int) -> None:
         """Make `count` steps."""
         from towtank.optim.schedules import shape
         from towtank.train.loop import _batch
 
-        for step in range(self.done, self.done + count):
-            out = self.ensemble.step(_batch(self.ensemble, step), shape(step, self.steps))
-            self.ensemble.freeze(~out.moved)
-            self.loss = out.loss
+        self.loss = []
+        for ensemble in self.ensembles:
+            for step in range(self.done, self.done + count):
+                out = ensemble.step(_batch(ensemble, step), shape(step, self.steps))
+            self.loss += out.loss.tolist()
         self.done += count
 
 
@@ -110,21 +115,25 @@ def compare(width: int, device: str, rounds: int, steps: int) -> dict:
     total = (rounds + 1) * steps
     loops = [Loop(width, lr, total, device) for lr in RATES]
     together = Together(width, total, device, "never")
-    loop_s, eager_s = [], []
+    parameters = sum(p.numel() for p in loops[0].model.parameters())
+    planned = Together(width, total, device, "never", largest_ensemble(device, parameters))
+    loop_s, eager_s, planned_s = [], [], []
     for index in range(rounds + 1):  # the first round warms up
         loop = seconds(lambda: [run.advance(steps) for run in loops], device)
         eager = seconds(lambda: together.advance(steps), device)
         if index:
             loop_s.append(loop)
             eager_s.append(eager)
+            planned_s.append(seconds(lambda: planned.advance(steps), device))
     share = 1e3 / (steps * len(RATES))
-    error = max(abs(run.loss.item() - loss) for run, loss in zip(loops, together.loss.tolist(), strict=True))
+    error = max(abs(run.loss.item() - loss) for run, loss in zip(loops, together.loss, strict=True))
     return {
         "width": width,
-        "parameters": sum(p.numel() for p in loops[0].model.parameters()),
+        "parameters": parameters,
         "loop_ms": statistics.median(loop_s) * share,
         "eager_ms": statistics.median(eager_s) * share,
         "eager_ratio": statistics.median(a / b for a, b in zip(loop_s, eager_s, strict=True)),
+        "planned_ratio": statistics.median(a / b for a, b in zip(loop_s, planned_s, strict=True)),
         "loss_difference": error,
     }
 
@@ -196,12 +205,12 @@ def main() -> None:
         else f"{platform.processor() or platform.machine()}, 1 thread"
     )
     print(f"\n{date.today()}, {where}, torch {torch.__version__}, {len(RATES)} members\n")
-    head = ["width", "parameters", "loop ms", "eager ms", "eager x", "compiled ms", "compiled x", "compile s",
+    head = ["width", "parameters", "loop ms", "eager ms", "eager x", "planned x", "compiled ms", "compiled x", "compile s",
             "own process s", "in ensemble s", "process x", "loss difference"]  # fmt: skip
     print("| " + " | ".join(head) + " |\n|" + "---:|" * len(head))
     for r in rows:
         faster = r["loop_ms"] / r["compiled_ms"] if "compiled_ms" in r else math.nan
-        values = [f"{r['width']}", f"{r['parameters']:,}", f"{r['loop_ms']:.1f}", f"{r['eager_ms']:.1f}", f"{r['eager_ratio']:.2f}",
+        values = [f"{r['width']}", f"{r['parameters']:,}", f"{r['loop_ms']:.1f}", f"{r['eager_ms']:.1f}", f"{r['eager_ratio']:.2f}", f"{r['planned_ratio']:.2f}",
                   f"{r.get('compiled_ms', math.nan):.1f}", f"{faster:.2f}", f"{r.get('compile_s', math.nan):.0f}",
                   f"{r.get('process_s', math.nan):.1f}", f"{r.get('member_s', math.nan):.1f}",
                   f"{r.get('process_s', math.nan) / r.get('member_s', math.nan):.2f}",

@@ -34,6 +34,6 @@ def test_training(field: str, value: object) -> None:
 def test_compiling_is_chosen_only_where_it_repays() -> None:
     assert should_compile("always", "cpu", 1, 1, 1) and not should_compile("never", "cpu", 41_000, 64, 10**6)
     assert not should_compile("auto", "cpu", 41_000, 8, 200)  # 13 s of work cannot repay the compile time
-    assert should_compile("auto", "cpu", 41_000, 16, 2_000)
+    assert should_compile("auto", "cpu", 41_000, 16, 10_000)
     assert not should_compile("auto", "cpu", 3_000_000, 16, 100_000)  # no gain measured at this size
     assert not should_compile("auto", "cuda", 41_000, 16, 10**6)  # not measured there

@@ -86,7 +86,7 @@ def dry_run(
     runs = describer(describe)
     workers = workers or default_workers(device, None)
     rate = rate or measured_rate(device, threads=max(1, usable_cpus() // workers))
-    planner = _Planner(runs, records, study.size, workers, memory or available_memory(device), rate)
+    planner = _Planner(runs, records, study.size, workers, memory or available_memory(device), rate, device)
     rows = planner.rows("grid", cells, bound=False)
     left = any(row.done < row.runs for row in rows)
     grid = [record for record in records if record.stage == "grid"]
@@ -126,10 +126,17 @@ class _Planner:
     """Rows of a plan: what is done, what the rest takes."""
 
     def __init__(
-        self, describer: Describer, records: Sequence[Record], size: str, workers: int, memory: float, rate: float
+        self,
+        describer: Describer,
+        records: Sequence[Record],
+        size: str,
+        workers: int,
+        memory: float,
+        rate: float,
+        device: str,
     ) -> None:
         self._describer, self._size, self._workers = describer, size, workers
-        self._memory, self._rate = memory, rate
+        self._memory, self._rate, self._device = memory, rate, device
         self._final = {record.id for record in records if record.status in FINAL}
         self._verified = [r for r in records if r.stage == "verify" and r.status in FINAL]
 
@@ -146,7 +153,7 @@ class _Planner:
             done = min(len(runs), sum(r.config.get(self._size) == size for r in self._verified))
             missing = runs[done:]
         trained = [same[0] for same in same_runs(missing).values()]
-        jobs = make_jobs(trained, workers=self._workers, memory=self._memory)
+        jobs = make_jobs(trained, workers=self._workers, memory=self._memory, device=self._device)
         memory = max((len(job.runs) * job.runs[0].about.member_bytes for job in jobs), default=0)
         return DryRow(
             stage=stage, size=size, runs=len(runs), done=done, parameters=runs[0].about.parameters,

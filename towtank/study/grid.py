@@ -15,11 +15,11 @@ from towtank.study.errors import ConfigError
 from towtank.study.keys import Keys
 from towtank.study.record import Scalar, Stage, canonical
 from towtank.train.cells import canonical as effective
+from towtank.train.planner import largest_ensemble
 from towtank.train.settings import MEMBER_KEYS
 
 Cell = dict[str, Scalar]
 JOBS_PER_WORKER = 2
-MAX_MEMBERS = 64
 # Fitted to bench/ensemble.py (CPU, one thread, widths 32 to 256): a step takes as long as flops + _SMALL * sqrt(flops)
 # operations of a large matrix product; the second term stands for all that is not one.
 _SMALL = 5.3e4
@@ -161,13 +161,14 @@ def same_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return same
 
 
-def make_jobs(runs: Sequence[Run], *, workers: int, memory: float) -> list[Job]:
+def make_jobs(runs: Sequence[Run], *, workers: int, memory: float, device: str = "cpu") -> list[Job]:
     """Group runs into ensembles, the longest job first.
 
     Args:
         runs: what is to be run.
         workers: jobs that run at a time.
         memory: bytes for all of them together.
+        device: where they run.
 
     Returns:
         Jobs small enough for the memory and, with several workers, to keep all of them busy.
@@ -179,7 +180,7 @@ def make_jobs(runs: Sequence[Run], *, workers: int, memory: float) -> list[Job]:
     jobs: list[Job] = []
     for members in groups.values():
         fit = int(memory / workers / max(1, members[0].about.member_bytes))
-        most = min(MAX_MEMBERS, fit, share / members[0].cost)
+        most = min(largest_ensemble(device, members[0].about.parameters), fit, share / members[0].cost)
         jobs += [Job(runs=tuple(part)) for part in _even_parts(members, max(1, int(most)))]
     return sorted(jobs, key=lambda job: -job.cost)
 

@@ -126,7 +126,7 @@ class Runner:
         memory: float | None,
     ) -> None:  # fmt: skip
         self.study, self.folder, self.crew, self.progress = study, folder, crew, progress
-        self._describer, self._memory = describer, memory or available_memory(device)
+        self._device, self._describer, self._memory = device, describer, memory or available_memory(device)
         self._environment = environment(device, crew.kind)
         self._records: dict[str, Record] = {}
         self._wanted: dict[str, None] = {}  # ids of this study, in order
@@ -158,7 +158,9 @@ class Runner:
         if not missing:
             return
         same = same_runs(missing)
-        jobs = make_jobs([runs[0] for runs in same.values()], workers=self.crew.workers, memory=self._memory)
+        jobs = make_jobs(
+            [runs[0] for runs in same.values()], workers=self.crew.workers, memory=self._memory, device=self._device
+        )
         self.progress.start(stage, len(missing), sum(job.cost for job in jobs), self.crew.progress)
         for job, outcome in self.crew.outcomes(jobs):
             written = [twin for run in job.runs for twin in same[run.training]]
