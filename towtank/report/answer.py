@@ -157,10 +157,8 @@ def answer(
         warnings: what to tell besides, for example damaged records.
 
     Raises:
-        ValueError: if there are no records, the target is not positive, or no record has the size axis.
+        ValueError: if the target is not positive, or no record has the size axis.
     """
-    if not records:
-        raise ValueError("expected at least one record, got none")
     from towtank.report import grouping, sentence  # here, because they import the structures above
 
     axis = _axis(records, size_axis)
