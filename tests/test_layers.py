@@ -12,6 +12,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "towtank"
 ALLOWED: dict[str, set[str]] = {
     "estimate": set(),
+    "problem": {"estimate"},
+    "linalg": {"estimate"},
+    "curvature": {"problem", "linalg", "estimate"},
     "optim": set(),
     "losses": set(),
     "scaling": set(),
@@ -19,7 +22,19 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"optim", "losses", "scaling"},
     "study": {"train", "scaling"},
     "report": {"study", "laws", "estimate"},
-    "cli": {"estimate", "optim", "losses", "scaling", "laws", "train", "study", "report"},
+    "cli": {
+        "estimate",
+        "problem",
+        "linalg",
+        "curvature",
+        "optim",
+        "losses",
+        "scaling",
+        "laws",
+        "train",
+        "study",
+        "report",
+    },
 }
 WITHOUT_TORCH = [
     "towtank",

@@ -1,9 +1,10 @@
-"""What a number is in towtank: a value with its uncertainty, and a verdict with its reason."""
+"""What a number is in towtank: a value with its uncertainty and its cost, and a verdict with its reason."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 Status = Literal["ok", "weak", "refuse"]
@@ -76,6 +77,64 @@ class Verdict:
             return self if mine > theirs else other
         reasons = [r for r in dict.fromkeys((self.reason, other.reason)) if r]
         return Verdict(self.status, "; ".join(reasons))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured number: its value, its standard error, what it cost, and which quantity it is.
+
+    Args:
+        value: the estimate, in the unit of the quantity.
+        stderr: standard error of the value in the same unit; 0.0 for a value that was computed rather than sampled,
+            NaN where too few samples were drawn to tell.
+        products: operator products spent; cheaper samples count as the fraction of a product that they cost.
+        converged: whether the requested accuracy was reached.
+        convention: which matrix of which loss this belongs to.
+
+    Example:
+        >>> trace = Estimate(12.4, 0.3, 96)
+        >>> print(trace)
+        12.4 ± 0.3 (96 products)
+        >>> float(trace)
+        12.4
+        >>> print(Estimate(12.4, 3.1, 8, converged=False))
+        12.4 ± 3.1 (8 products, not converged)
+        >>> trace.interval().low < 12.4 < trace.interval().high
+        True
+    """
+
+    value: float
+    stderr: float = 0.0
+    products: float = 0.0
+    converged: bool = True
+    convention: str = ""
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        cost = f"{self.products:.3g} products" + ("" if self.converged else ", not converged")
+        if not self.stderr:
+            return f"{self.value:.4g} ({cost})"
+        return f"{_to_the_digit_of(self.value, self.stderr)} ± {self.stderr:.2g} ({cost})"
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """The normal confidence interval of the value.
+
+        Raises:
+            ValueError: if the standard error is not a number.
+        """
+        if not math.isfinite(self.stderr):
+            raise ValueError(f"expected a finite standard error, got {self.stderr}; draw more samples")
+        half = NormalDist().inv_cdf((1 + level) / 2) * self.stderr
+        return Interval(self.value, self.value - half, self.value + half, level)
+
+
+def _to_the_digit_of(value: float, stderr: float) -> str:
+    if not (math.isfinite(value) and math.isfinite(stderr) and value):
+        return f"{value:.4g}"
+    digits = math.floor(math.log10(abs(value))) - math.floor(math.log10(stderr)) + 2
+    return f"{value:.{min(max(digits, 2), 12)}g}"
 
 
 def finite(x: float | None) -> bool:

@@ -1,0 +1,1 @@
+"""Curvature of a problem as operators, and the measurements made of them."""

@@ -1,0 +1,1 @@
+"""Matrix-free algorithms: they know vectors and operators, not networks."""
