@@ -7,44 +7,71 @@ import math
 import pytest
 import torch
 
-from towtank.optim.descend import clip_scale, descend_, member_norms
+from towtank.optim.clip import clip_scale, member_norms
+from towtank.optim.engine import Surround, Work, advance
+from towtank.optim.members import Members
 from towtank.optim.rules import adamw
 from towtank.optim.schedules import shape
 
+ENGINES = ("native", "eager")
 
-def test_25_steps_equal_torch_in_float64() -> None:
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_25_steps_equal_torch_in_float64(engine: str) -> None:
     generator = torch.Generator().manual_seed(0)
     param = torch.randn(7, 5, generator=generator, dtype=torch.float64)
     theirs = torch.nn.Parameter(param.clone())
     optimizer = torch.optim.AdamW([theirs], lr=3e-3, betas=(0.8, 0.97), eps=1e-6, weight_decay=0.1)
-    state = adamw.init(param)
+    hyper = adamw.Hyper(3e-3, 0.8, 0.97, 1e-6)
+    state = adamw.init(param, "matrix", hyper)
     for step in range(1, 26):
         grad = torch.randn(7, 5, generator=generator, dtype=torch.float64)
         theirs.grad = grad.clone()
         optimizer.step()
-        descend_(param, adamw.direction_(grad, state, adamw.Hyper(0.8, 0.97, 1e-6), step), 3e-3, 3e-3 * 0.1)
+        around = Surround.of("decoupled", 0.1, 3e-3, 1.0, 1.0)
+        advance(adamw.RULE, [Work(param, grad, state)], hyper, step, around, engine=engine)
     assert (param - theirs).abs().max() < 1e-14
 
 
-def test_members_with_their_own_numbers_equal_members_alone() -> None:
-    betas = torch.tensor([[0.9], [0.5]], dtype=torch.float64)
-    grads = torch.randn(3, 2, 4)
-    together = adamw.init(grads[0])
-    alone = [adamw.init(grads[0][i]) for i in range(2)]
+@pytest.mark.parametrize("native", [True, False])
+def test_members_with_their_own_numbers_equal_members_alone(native: bool) -> None:
+    columns = adamw.Hyper(*torch.tensor([[0.1, 0.01], [0.9, 0.5], [0.81, 0.25], [1e-8, 1e-6]], dtype=torch.float64))
+    grads = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    start = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+    together = {"w": start.clone()}
+    members = Members(adamw.RULE, together, {"w": "vector"}, columns)
+    members._native = members._native and native
+    alone = [start[e].clone() for e in range(2)]
+    states = [adamw.init(p, "vector", columns) for p in alone]
     for step, grad in enumerate(grads, start=1):
-        direction = adamw.direction_(grad.clone(), together, adamw.Hyper(betas, betas**2, 1e-8), step)
-        assert direction.dtype == torch.float32
-        for i in range(2):
-            beta = betas[i].item()
-            single = adamw.direction_(grad[i].clone(), alone[i], adamw.Hyper(beta, beta**2, 1e-8), step)
-            torch.testing.assert_close(direction[i], single, rtol=3e-7, atol=0)
+        members.advance({"w": grad}, lambda name, hyper: (hyper, Surround(shrink=0.01)), torch.ones(2) > 0)
+        for e in range(2):
+            hyper = adamw.Hyper(*(c[e].item() for c in columns))
+            work = Work(alone[e], grad[e], states[e])
+            advance(adamw.RULE, [work], hyper, step, Surround(shrink=0.01), engine="eager")
+            torch.testing.assert_close(together["w"][e], alone[e], rtol=1e-6, atol=1e-7)  # a few roundings of float32
+
+
+def test_a_member_that_does_not_move_keeps_parameter_and_state() -> None:
+    for native in (True, False):
+        params = {"w": torch.ones(2, 3)}
+        members = Members(adamw.RULE, params, {"w": "vector"}, adamw.Hyper(*torch.full((4, 2), 0.5).double()))
+        members._native = members._native and native
+        grads = {"w": torch.tensor([[1.0, 2.0, 3.0], [math.nan, 1.0, 1.0]])}
+        members.advance(grads, lambda name, hyper: (hyper, Surround()), torch.tensor([True, False]))
+        assert (params["w"][0] < 1).all() and (params["w"][1] == 1).all()
+        assert (members.state["w"].m[1] == 0).all()
 
 
 def test_independent_decay_by_hand() -> None:
     """p <- p - s (eta Delta + lambda p) (Wortsman et al. 2023): decay does not feel the learning rate."""
-    p, delta, s, eta, lam = 2.0, 0.5, 0.25, 0.1, 0.01
-    ours = descend_(torch.tensor(p), torch.tensor(delta), s * eta, s * lam)
-    assert ours.item() == pytest.approx(p - s * (eta * delta + lam * p))
+    s, eta, lam = 0.25, 0.1, 0.01
+    for engine in ENGINES:
+        param, hyper = torch.tensor([2.0]), adamw.Hyper(s * eta, 0.9, 0.99, 0.0)
+        around = Surround.of("independent", lam, s * eta, s, 1.0)
+        work = Work(param, torch.tensor([0.3]), adamw.init(param, "vector", hyper))
+        advance(adamw.RULE, [work], hyper, 1, around, engine=engine)
+        assert param.item() == pytest.approx(2.0 - s * (eta * 1.0 + lam * 2.0))
 
 
 def test_clipping_equals_torchs() -> None:

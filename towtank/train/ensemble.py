@@ -17,13 +17,13 @@ from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_map
 
 from towtank.losses import z_loss
-from towtank.optim.descend import clip_scale, descend_, member_norms
+from towtank.optim.clip import clip_scale, member_norms
+from towtank.optim.engine import Surround
+from towtank.optim.members import Members
 from towtank.optim.rules import adamw
 from towtank.scaling.plan import Plan, Role
 from towtank.train.settings import Member
 from towtank.train.task import Batch, Task
-
-CPU_CHUNK = 65_536  # numbers per elementwise pass on a CPU: the rule's dozen operations then stay in cache
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ class Ensemble:
         for name, p in (self.params | self._buffers).items():
             if name in plan:  # frozen parameters are among the buffers
                 p.mul_(plan[name].init)
-        self._state = {name: adamw.init(p) for name, p in self.params.items()}
         self._numbers = _member_columns(members, self.device)
+        hyper = adamw.Hyper(*(self._numbers[n] for n in adamw.Hyper._fields))
+        self._optimizer = Members(adamw.RULE, self.params, roles, hyper)
         self._z_loss = self._numbers["z_loss"].to(dtype)
         self.alive = torch.ones(len(members), dtype=torch.bool, device=self.device)
-        self.updates = 0
         self._loss_takes_log_z = "log_z" in inspect.signature(self.task.loss).parameters
         self._probes = "probe" in inspect.signature(self._model.forward).parameters
         self._batched = {probing: self._vmapped(probing) for probing in (False, True)}
@@ -99,10 +99,10 @@ class Ensemble:
         losses, grads, signals = self._gradients(batch, probing)
         norms = member_norms(list(grads.values()))
         moved = self.alive & losses.isfinite() & norms.isfinite()
-        self.updates += 1
-        square_sums = self._update(grads, norms, moved, scale, probing)
+        clip = clip_scale(norms, self._numbers["clip"].to(norms.dtype))
         if probing:
-            signals |= self._sizes(square_sums)
+            signals |= self._sizes(grads, clip)
+        self._optimizer.advance(grads, lambda name, hyper: self._rates(name, hyper, scale, clip), moved)
         return StepOutput(losses, norms, moved, signals)
 
     @torch.no_grad()
@@ -179,49 +179,27 @@ class Ensemble:
         grads = torch.autograd.grad(total.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         return losses, dict(zip(leaves, grads, strict=True)), signals
 
+    def _rates(self, name: str, hyper: adamw.Hyper, scale: float, clip: Tensor) -> tuple[adamw.Hyper, Surround]:
+        """This step's learning rate of a tensor, its decay and clipping."""
+        factors, decay = self.plan[name], self._numbers["weight_decay"]
+        lr = scale * hyper.lr * factors.lr
+        shrink = (scale if self.decay == "independent" else lr) * decay * factors.weight_decay
+        return hyper._replace(lr=lr), Surround(shrink=shrink, scale=clip)
+
     @torch.no_grad()
-    def _update(
-        self, grads: dict[str, Tensor], norms: Tensor, moved: Tensor, scale: float, probing: bool
-    ) -> dict[Role, Tensor]:
-        """Clip, take the rule's direction, decay and descend, in place; sums of squared directions by role if probing."""
-        numbers = self._numbers
-        masked = self.device.type != "cpu" or not bool(moved.all())
-        clip = clip_scale(norms, numbers["clip"].to(norms.dtype))
-        rate, shrink = scale * numbers["lr"] * moved, scale * numbers["weight_decay"] * moved
-        hyper = adamw.Hyper(*(numbers[k][:, None] for k in ("beta1", "beta2", "eps")))
-        sums: dict[Role, Tensor] = {}
-        for name, grad in grads.items():
-            factors = self.plan[name]
-            own_rate = rate * factors.lr
-            own_shrink = (
-                shrink if self.decay == "independent" else shrink * numbers["lr"] * factors.lr
-            ) * factors.weight_decay
-            own_rate, own_shrink = (x[:, None].to(grad.dtype) for x in (own_rate, own_shrink))
-            flat = [t.view(len(self), -1) for t in (self.params[name], *self._state[name])]
-            for p, m, v, g in zip(*(self._chunks(t) for t in (*flat, grad.reshape(len(self), -1))), strict=True):
-                g = g * clip[:, None]
-                if masked:
-                    g = torch.where(moved[:, None], g, 0.0)
-                direction = adamw.direction_(g, adamw.State(m, v), hyper, self.updates)
-                descend_(p, direction, own_rate, own_shrink)
-                if probing:
-                    role = self.roles[name]
-                    sums[role] = sums.get(role, 0.0) + direction.square().sum(1)
-        return sums
+    def _sizes(self, grads: dict[str, Tensor], clip: Tensor) -> dict[str, Tensor]:
+        """Root mean squares by role: of the step at learning rate 1, and of the parameters before it."""
+        directions = self._optimizer.directions(grads, clip)
+        return {
+            f"{what}_rms/{role}": _rms([tensors[n].flatten(1) for n in tensors if self.roles[n] == role])
+            for role in dict.fromkeys(self.roles[n] for n in self.params)
+            for what, tensors in (("update", directions), ("parameter", self.params))
+        }
 
-    def _chunks(self, flat: Tensor) -> tuple[Tensor, ...]:
-        width = flat.shape[1] if self.device.type != "cpu" else max(1, CPU_CHUNK // len(self))
-        return flat.split(width, dim=1)
 
-    def _sizes(self, square_sums: dict[Role, Tensor]) -> dict[str, Tensor]:
-        signals = {}
-        for role, sums in square_sums.items():
-            tensors = [p.flatten(1) for name, p in self.params.items() if self.roles[name] == role]
-            count = sum(t.shape[1] for t in tensors)
-            squares = torch.stack([t.square().sum(1) for t in tensors]).sum(0)
-            signals[f"update_rms/{role}"] = (sums / count).sqrt()
-            signals[f"parameter_rms/{role}"] = (squares / count).sqrt()
-        return signals
+def _rms(tensors: list[Tensor]) -> Tensor:
+    squares = torch.stack([t.square().sum(1) for t in tensors]).sum(0)
+    return (squares / sum(t.shape[1] for t in tensors)).sqrt()
 
 
 def _stack(models: Sequence[nn.Module], device: torch.device, dtype: torch.dtype):  # noqa: ANN202

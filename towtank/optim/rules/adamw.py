@@ -7,6 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from towtank.optim.rule import Role, Rule
+
+
+class Hyper(NamedTuple):
+    """Learning rate, decay rates of the moments, and the epsilon: numbers, or tensors of no dimension."""
+
+    lr: float | Tensor = 1e-3
+    beta1: float | Tensor = 0.9
+    beta2: float | Tensor = 0.999
+    eps: float | Tensor = 1e-8
+
 
 class State(NamedTuple):
     """Exponential averages of the gradient and of its square, each of the parameter's shape."""
@@ -15,51 +26,41 @@ class State(NamedTuple):
     v: Tensor
 
 
-class Hyper(NamedTuple):
-    """Decay rates of the moments and the epsilon: numbers, or tensors that broadcast against the parameter."""
-
-    beta1: float | Tensor
-    beta2: float | Tensor
-    eps: float | Tensor
-
-
-def init(param: Tensor) -> State:
-    """Zero moments of the parameter's shape and type."""
+def init(param: Tensor, role: Role, hyper: Hyper) -> State:
+    """Zero moments."""
     return State(torch.zeros_like(param), torch.zeros_like(param))
 
 
-def direction_(grad: Tensor, state: State, hyper: Hyper, step: int) -> Tensor:
-    """One step of Adam's averages, without learning rate and decay.
+def update(param: Tensor, grad: Tensor, state: State, hyper: Hyper, step: float | Tensor) -> tuple[Tensor, State]:
+    """One step of Adam; weight decay surrounds it.
 
-    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  direction = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
-
-    The moments advance in place and `grad` is overwritten with the direction: eight passes over memory and no new tensor,
-    which is what an update on a CPU costs. Hand in a gradient that nobody else reads.
-
-    Args:
-        grad: gradient, any shape; becomes the direction.
-        state: moments of the same shape; advance.
-        hyper: betas and epsilon; tensors are best in float64 (the corrections are computed in it and rounded once).
-        step: t, counted from 1.
-
-    Returns:
-        The direction, to be subtracted from the parameter.
+    m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;  p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
     Example:
-        >>> grad = torch.tensor([0.5, -2.0])
-        >>> direction_(grad, init(grad), Hyper(0.9, 0.95, 0.0), 1)
-        tensor([ 1., -1.])
+        >>> p, _ = update(torch.zeros(2), torch.tensor([0.5, -2.0]), State(torch.zeros(2), torch.zeros(2)), Hyper(0.1), 1)
+        >>> p
+        tensor([-0.1000,  0.1000])
 
     Source: Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2.
     """
-    unbias1, unbias2 = 1 / (1 - hyper.beta1**step), 1 / (1 - hyper.beta2**step)
-    state.m.lerp_(grad, _like(grad, 1 - hyper.beta1))
-    state.v.lerp_(grad.mul_(grad), _like(grad, 1 - hyper.beta2))
-    root = (
-        torch.mul(state.v, _like(grad, unbias2 / unbias1**2), out=grad).sqrt_().add_(_like(grad, hyper.eps / unbias1))
-    )
-    return torch.div(state.m, root, out=grad)
+    m = torch.lerp(grad, state.m, hyper.beta1)
+    v = torch.lerp(torch.square(grad), state.v, hyper.beta2)
+    unbias1, unbias2 = 1 / (1 - hyper.beta1**step), (1 - hyper.beta2**step) ** -0.5
+    root = torch.sqrt(v) * (unbias2 / unbias1) + hyper.eps / unbias1  # the corrections are numbers: fold them into one
+    return param - hyper.lr * (m / root), State(m, v)
 
 
-def _like(tensor: Tensor, number: float | Tensor) -> Tensor:
-    return torch.as_tensor(number, device=tensor.device, dtype=tensor.dtype)
+def _preconditioner(state: State, hyper: Hyper, step: float | Tensor) -> Tensor:
+    return torch.sqrt(state.v) * (1 - hyper.beta2**step) ** -0.5 + hyper.eps
+
+
+RULE = Rule(
+    name="adamw",
+    hyper=Hyper,
+    init=init,
+    update=update,
+    preconditioner=_preconditioner,
+    summary="first moment over the root of the second",
+    source="Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2",
+    state_bytes=8,
+)

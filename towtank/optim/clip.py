@@ -1,4 +1,4 @@
-"""What every rule shares: clipping, the learning rate and the three ways to decay weights."""
+"""Gradient norms and clipping, member by member."""
 
 from __future__ import annotations
 
@@ -35,16 +35,3 @@ def clip_scale(norms: Tensor, largest: Tensor) -> Tensor:
         tensor([1.0000, 0.2500])
     """
     return (largest / (norms + 1e-6)).clamp(max=1.0)
-
-
-def descend_(param: Tensor, direction: Tensor, rate: float | Tensor, shrink: float | Tensor) -> Tensor:
-    """Apply a direction in place: p <- p - rate * direction - shrink * p.
-
-    `rate` is schedule x learning rate x multiplier. `shrink` is schedule x lambda x multiplier for *independent* decay
-    (Wortsman et al. 2023, section 3.2) and rate x lambda x multiplier for the *coupled* decay of torch.optim.AdamW.
-
-    Example:
-        >>> descend_(torch.tensor([1.0]), torch.tensor([2.0]), 0.1, 0.01)
-        tensor([0.7900])
-    """
-    return param.mul_(1 - shrink).addcmul_(direction, -torch.as_tensor(rate, dtype=param.dtype))

@@ -1,0 +1,251 @@
+"""How a rule is carried out on many tensors: as one native pass, piece by piece in the cache, or compiled by PyTorch.
+
+All three run the same function: the rule, surrounded by clipping and weight decay.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from towtank.optim import native
+from towtank.optim.rule import Rule
+
+Decay = Literal["decoupled", "independent", "coupled"]
+EngineName = Literal["auto", "native", "eager", "compile"]
+PIECE = 65_536  # numbers per piece on a CPU: an update's dozen operations then stay in cache
+
+
+@dataclass(frozen=True)
+class Work:
+    """One tensor to advance: the parameter and its state in place; the gradient is only read."""
+
+    param: Tensor
+    grad: Tensor
+    state: Any
+
+
+@dataclass(frozen=True)
+class Surround:
+    """The numbers around a rule: g <- scale g + l2 p before it, and p <- p - shrink p beside it."""
+
+    shrink: float | Tensor = 0.0
+    l2: float | Tensor = 0.0
+    scale: float | Tensor = 1.0
+
+    @staticmethod
+    def of(decay: Decay, amount: float | Tensor, lr: float | Tensor, share: float | Tensor, scale: float | Tensor):  # noqa: ANN205
+        """The numbers of one kind of weight decay.
+
+        Args:
+            decay: `decoupled` shrinks by lr lambda (Loshchilov and Hutter 2019), `independent` by share lambda, which does
+                not feel the peak learning rate (Wortsman et al. 2023, section 3.2), `coupled` adds lambda p to the gradient.
+            amount: lambda.
+            lr: learning rate of this step.
+            share: lr over the peak learning rate.
+            scale: of the gradient, from clipping.
+
+        Raises:
+            ValueError: for an unknown kind.
+        """
+        if decay == "decoupled":
+            return Surround(shrink=lr * amount, scale=scale)
+        if decay == "independent":
+            return Surround(shrink=share * amount, scale=scale)
+        if decay == "coupled":
+            return Surround(l2=amount, scale=scale)
+        raise ValueError(f"decay = {decay!r}: expected one of {', '.join(get_args(Decay))}")
+
+
+def surrounded(rule: Rule, param: Tensor, grad: Tensor, state: Any, hyper: Any, step: Any, around: Surround):  # noqa: ANN201
+    """One pure step of a rule within its clipping and its decay: (new parameter, new state)."""
+    if not _is(around.scale, 1.0):
+        grad = around.scale * grad
+    if not _is(around.l2, 0.0):
+        grad = grad + around.l2 * param
+    new, state = rule.update(param, grad, state, hyper, step)
+    return (new if _is(around.shrink, 0.0) else new - around.shrink * param), state
+
+
+def advance(
+    rule: Rule,
+    works: Sequence[Work],
+    hyper: Any,
+    step: float | Tensor,
+    around: Surround,
+    *,
+    engine: EngineName = "auto",
+) -> list[int]:
+    """Advance tensors of equal numbers in place.
+
+    Args:
+        rule: the rule.
+        works: tensors with their gradients and states.
+        hyper: the rule's numbers.
+        step: t of this step, from 1.
+        around: clipping and decay.
+        engine: `native` (CPU, float32 or float64, elementwise rules, needs a C compiler), `eager`, `compile`, or `auto`:
+            native where it can, compiled on accelerators, else eager.
+
+    Returns:
+        For each tensor how many numbers of its gradient were not finite; those elements were left alone. Only the native
+        engine counts; the others return zeros.
+
+    Raises:
+        ValueError: for an unknown engine.
+        Unsupported: if `native` was asked for and is not possible.
+    """
+    if engine not in get_args(EngineName):
+        raise ValueError(f"engine = {engine!r}: expected one of {', '.join(get_args(EngineName))}")
+    lost, rest = [0] * len(works), list(range(len(works)))
+    if engine in ("auto", "native"):
+        for (dtype, fits), members in _kinds(works).items():
+            run = _native(rule, hyper, around, dtype, fits, engine == "native")
+            if run is None:
+                continue
+            chosen = [works[i] for i in members]
+            for i, n in zip(members, run(chosen, hyper, step, around), strict=True):
+                lost[i] = n
+            rest = [i for i in rest if i not in set(members)]
+    compiled = engine == "compile" or (engine == "auto" and works and works[0].param.device.type != "cpu")
+    if compiled and rest:
+        _compiled(rule)([works[i] for i in rest], *_as_tensors(hyper, step, around, works[rest[0]].param.device))
+    else:
+        for i in rest:
+            _eager(rule, works[i], hyper, step, around)
+    return lost
+
+
+def has_kernel(rule: Rule, dtype: torch.dtype) -> bool:
+    """Whether the native engine can carry out a rule on this machine."""
+    return rule.reach == "element" and not isinstance(_kernel(rule, False, dtype), str)
+
+
+def _is(x: float | Tensor, number: float) -> bool:
+    return isinstance(x, float | int) and x == number
+
+
+def _kinds(works: Sequence[Work]) -> dict[tuple[torch.dtype, bool], list[int]]:
+    kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
+    for i, w in enumerate(works):
+        tensors = (w.param, w.grad, *w.state)
+        fits = all(
+            type(t) in (Tensor, torch.nn.Parameter)
+            and t.device.type == "cpu"
+            and t.dtype == w.param.dtype
+            and t.stride() == w.param.stride()
+            and t.shape == w.param.shape
+            for t in tensors
+        ) and _dense(w.param)
+        kinds.setdefault((w.param.dtype, fits), []).append(i)
+    return kinds
+
+
+def _dense(t: Tensor) -> bool:
+    return t.is_contiguous() or (t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last))
+
+
+def _native(rule: Rule, hyper: Any, around: Surround, dtype: torch.dtype, fits: bool, must: bool):  # noqa: ANN202
+    numbers = (*hyper, around.shrink, around.l2, around.scale)
+    scalar = all(isinstance(x, float | int) or x.ndim == 0 for x in numbers)
+    if rule.reach != "element" or not fits or not scalar:
+        if must:
+            what = (
+                "a rule of single elements" if rule.reach != "element" else "dense CPU tensors of one type and layout"
+            )
+            raise native.Unsupported(f"engine = 'native' needs {what}; use engine = 'auto'")
+        return None
+    found = _kernel(rule, not _is(around.l2, 0.0), dtype)
+    if isinstance(found, str):
+        if must:
+            raise native.Unsupported(found)
+        return None
+
+    def run(works: Sequence[Work], hyper: Any, step: Any, around: Surround) -> list[int]:
+        columns = list(zip(*((w.param, *w.state, w.grad) for w in works), strict=True))
+        coupled = () if _is(around.l2, 0.0) else (around.l2,)
+        return found(columns, [float(x) for x in (*hyper, step, around.shrink, around.scale, *coupled)])
+
+    return run
+
+
+@functools.cache
+def _kernel(rule: Rule, coupled: bool, dtype: torch.dtype) -> native.Kernel | str:
+    fields, states = rule.hyper._fields, _state_type(rule)._fields  # pyright: ignore[reportAttributeAccessIssue]
+    numbers = [*fields, "step", "shrink", "scale", *(["l2"] if coupled else [])]
+    count = len(states)
+
+    def flat(param: Any, *rest: Any) -> tuple[Any, ...]:
+        state, grad, rest = rest[:count], rest[count], rest[count + 1 :]
+        hyper, (step, shrink, scale, *l2) = rest[: len(fields)], rest[len(fields) :]
+        around = Surround(shrink, *l2, scale=scale) if l2 else Surround(shrink, scale=scale)
+        new, new_state = surrounded(rule, param, grad, _state_type(rule)(*state), rule.hyper(*hyper), step, around)
+        return new, *new_state
+
+    try:
+        return native.kernel(flat, ["param", *states, "grad"], numbers, dtype, guard="grad")
+    except native.Unsupported as e:
+        return str(e)
+
+
+@functools.cache
+def _state_type(rule: Rule) -> type:
+    return type(rule.init(torch.zeros(1), "matrix", rule.hyper()))
+
+
+def _eager(rule: Rule, work: Work, hyper: Any, step: Any, around: Surround) -> None:
+    for piece in _pieces(rule, work):
+        new, state = surrounded(rule, piece.param, piece.grad, piece.state, hyper, step, around)
+        piece.param.copy_(new)
+        for old, fresh in zip(piece.state, state, strict=True):
+            if fresh is not old:
+                old.copy_(fresh)
+
+
+def _pieces(rule: Rule, work: Work) -> Iterator[Work]:
+    """The tensor cut as far as the rule allows, so that a piece and its temporaries stay in cache."""
+    tensors = (work.param, work.grad, *work.state)
+    whole = rule.reach == "tensor" or work.param.device.type != "cpu" or work.param.numel() <= PIECE
+    if whole or not all(t.is_contiguous() for t in tensors):
+        yield work
+    elif rule.reach == "element" and all(t.shape == work.param.shape for t in tensors):
+        for p, g, *s in zip(*(t.view(-1).split(PIECE) for t in tensors), strict=True):
+            yield Work(p, g, type(work.state)(*s))
+    elif rule.reach == "row" and all(t.shape[:1] == work.param.shape[:1] for t in tensors):
+        rows = max(1, PIECE * work.param.shape[0] // work.param.numel())
+        for p, g, *s in zip(*(t.split(rows) for t in tensors), strict=True):
+            yield Work(p, g, type(work.state)(*s))
+    else:
+        yield work
+
+
+@functools.cache
+def _compiled(rule: Rule) -> Callable[..., None]:
+    def all_of_them(works: list[tuple[Tensor, Tensor, Any]], hyper: Any, step: Tensor, around: tuple[Any, ...]) -> None:
+        for param, grad, state in works:
+            new, fresh_state = surrounded(rule, param, grad, state, hyper, step, Surround(*around))
+            param.copy_(new)
+            for old, fresh in zip(state, fresh_state, strict=True):
+                old.copy_(fresh)
+
+    compiled = torch.compile(all_of_them, fullgraph=True, dynamic=False)
+
+    def run(works: Sequence[Work], hyper: Any, step: Tensor, around: Surround) -> None:
+        compiled([(w.param, w.grad, w.state) for w in works], hyper, step, (around.shrink, around.l2, around.scale))
+
+    return run
+
+
+def _as_tensors(hyper: Any, step: Any, around: Surround, device: torch.device) -> tuple[Any, Any, Surround]:
+    """Numbers as 0-d tensors, so that a schedule does not compile anew at every step."""
+
+    def lift(x: float | Tensor) -> Tensor:
+        return torch.as_tensor(x, dtype=torch.float32, device=device)
+
+    kept = [x if _is(x, n) else lift(x) for x, n in ((around.shrink, 0.0), (around.l2, 0.0), (around.scale, 1.0))]
+    return type(hyper)(*map(lift, hyper)), lift(step), Surround(*kept)

@@ -1,0 +1,189 @@
+"""The one torch `Optimizer`: it carries any rule, with PyTorch's conventions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from towtank.optim.engine import Decay, EngineName, Surround, Work, advance
+from towtank.optim.rule import ROLES, Role, Rule
+
+NonFinite = Literal["raise", "skip"]
+
+
+class Optimizer(torch.optim.Optimizer):
+    """A rule as a torch optimizer. Users call its leaves: `towtank.optim.Lion(params, lr=3e-4)`.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or groups of either; a group may have its own numbers and a `role`.
+        rule: the update rule.
+        numbers: hyper-parameters by the names of the official implementation; `betas` stands for beta1 and beta2.
+        weight_decay: lambda.
+        decay: how it acts, see `Surround.of`.
+        maximize: ascend instead of descend.
+        engine: how the rule is carried out, see `advance`.
+        nonfinite: a gradient that is not finite: `raise` names the parameter (its bad elements have not moved and its
+            state is clean), `skip` leaves the whole step out and counts it in `skipped`.
+
+    Raises:
+        ValueError: for numbers that are negative, NaN or out of range, or unknown options.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        rule: Rule,
+        numbers: Mapping[str, Any],
+        *,
+        weight_decay: float = 0.0,
+        decay: Decay = "decoupled",
+        maximize: bool = False,
+        engine: EngineName = "auto",
+        nonfinite: NonFinite = "raise",
+    ) -> None:
+        self.rule = rule
+        self.engine: EngineName = engine
+        self.nonfinite: NonFinite = nonfinite
+        self.skipped = 0
+        self._kinds: dict[Tensor, Any] = {}  # the type of each parameter's state
+        if nonfinite not in get_args(NonFinite) or engine not in get_args(EngineName):
+            raise ValueError(f"expected nonfinite raise | skip and a known engine, got {nonfinite!r} and {engine!r}")
+        super().__init__(params, {**numbers, "weight_decay": weight_decay, "decay": decay, "maximize": maximize})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with the defaults where it names no numbers of its own.
+
+        Raises:
+            ValueError: for a bad number, role or kind of decay.
+            TypeError: for complex-valued hyper-parameters or parameters that are no tensors.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check(self, group: Mapping[str, Any]) -> None:
+        for name, value in group.items():
+            if name not in ("lr", "weight_decay", "eps", "betas", "momentum", "rho") or value is None:
+                continue
+            for x in value if isinstance(value, tuple | list) else (value,):
+                x = float(x)
+                if not (math.isfinite(x) and x >= 0):
+                    raise ValueError(f"{name} = {value}: expected a finite number >= 0")
+                if name == "betas" and x >= 1:
+                    raise ValueError(f"betas = {value}: expected numbers in [0, 1)")
+        if group.get("role") not in (None, *ROLES):
+            raise ValueError(f"role = {group['role']!r}: expected one of {', '.join(ROLES)}")
+        Surround.of(group["decay"], 0.0, 0.0, 0.0, 1.0)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: re-evaluates the loss; called once, with gradients enabled.
+
+        Raises:
+            FloatingPointError: if a gradient is not finite and `nonfinite` is `raise`.
+            TypeError: for sparse gradients.
+            RuntimeError: if the rule needs curvature and has observed none.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.nonfinite == "skip" and not self._all_finite():
+            self.skipped += 1
+            return loss
+        bad = []
+        for group, hyper, step, around, members in self._batches():
+            works = [self._work(p, group) for p in members]
+            for p in members:
+                self.state[p]["step"] += 1
+            lost = advance(self.rule, works, hyper, step, around, engine=self.engine)
+            bad += [(self.name_of(p), n) for p, n in zip(members, lost, strict=True) if n]
+        if bad:
+            raise FloatingPointError(
+                "the gradient is not finite in "
+                + ", ".join(f"{name} ({n} numbers)" for name, n in bad)
+                + "; those elements have not moved. Lower the learning rate, or pass nonfinite='skip' to leave such steps out"
+            )
+        return loss
+
+    def _batches(self):  # noqa: ANN202
+        """(group, hyper, step, surround, parameters): parameters that share all numbers of a step."""
+        for group in self.param_groups:
+            by_step: dict[float, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None and p.numel():
+                    self._ready(p, group)
+                    by_step.setdefault(float(self.state[p]["step"]) + 1, []).append(p)
+            lr = group["lr"]
+            peak = group.get("initial_lr", self.defaults["lr"])
+            share = float(lr) / float(peak) if float(peak) else 0.0
+            for step, members in by_step.items():
+                yield (
+                    group,
+                    self.hyper(group),
+                    step,
+                    Surround.of(group["decay"], group["weight_decay"], lr, share, 1.0),
+                    members,
+                )
+
+    def hyper(self, group: Mapping[str, Any]) -> Any:
+        """The rule's numbers of a group."""
+        known = dict(group)
+        if "betas" in group:
+            known |= {f"beta{i}": b for i, b in enumerate(group["betas"], start=1)}
+        return self.rule.hyper(**{n: known[n] for n in self.rule.hyper._fields if n in known})  # pyright: ignore[reportAttributeAccessIssue]
+
+    def role_of(self, param: Tensor, group: Mapping[str, Any]) -> Role:
+        """What a parameter is for: its group's role, or `vector` up to one dimension and `matrix` above."""
+        return group.get("role") or ("vector" if param.ndim <= 1 else "matrix")
+
+    def name_of(self, param: Tensor) -> str:
+        """The name of a parameter, if names were given, else its place and shape."""
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                if p is param:
+                    names = group.get("param_names")
+                    return names[j] if names else f"group {i}, parameter {j} of shape {tuple(p.shape)}"
+        return "an unknown parameter"
+
+    def _ready(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        if param.grad.is_sparse:  # pyright: ignore[reportOptionalMemberAccess]
+            raise TypeError(
+                f"{self.name_of(param)}: expected a dense gradient, got a sparse one; use Embedding(sparse=False)"
+            )
+        if not self.state[param]:
+            fresh = self.rule.init(_real(param.detach()), self.role_of(param, group), self.hyper(group))
+            self.state[param] = {"step": torch.tensor(0.0), **fresh._asdict()}
+            self._kinds[param] = type(fresh)
+
+    def _state(self, param: Tensor, group: Mapping[str, Any]) -> Any:
+        kind = self._kinds.get(param)
+        if kind is None:
+            like = _real(param.detach()).new_zeros((1,) * _real(param).ndim)
+            kind = self._kinds[param] = type(self.rule.init(like, self.role_of(param, group), self.hyper(group)))
+        stored = self.state[param]
+        return kind(*(stored[f] for f in kind._fields))
+
+    def _work(self, param: Tensor, group: Mapping[str, Any]) -> Work:
+        assert param.grad is not None
+        grad = -param.grad if group["maximize"] else param.grad
+        return Work(_real(param.detach()), _real(grad), self._state(param, group))
+
+    def _all_finite(self) -> bool:
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        return all(bool(torch.isfinite(g).all()) for g in grads)
+
+
+def _real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t) if t.is_complex() else t
