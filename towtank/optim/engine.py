@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from towtank.optim import native
-from towtank.optim.rule import Rule
+from towtank.optim.rule import Decay, Rule
 
-Decay = Literal["decoupled", "independent", "coupled"]
 EngineName = Literal["auto", "native", "eager", "compile"]
 PIECE = 65_536  # numbers per piece on a CPU: an update's dozen operations then stay in cache
 
@@ -93,8 +92,8 @@ def advance(
             native where it can, compiled on accelerators, else eager.
 
     Returns:
-        For each tensor how many numbers of its gradient were not finite; those elements were left alone. Only the native
-        engine counts; the others return zeros.
+        For each tensor how many numbers of its gradient were not finite: the native engine leaves those elements alone,
+        the eager one the whole tensor. A compiled step does not look.
 
     Raises:
         ValueError: for an unknown engine.
@@ -117,7 +116,9 @@ def advance(
         _compiled(rule)([works[i] for i in rest], *_as_tensors(hyper, step, around, works[rest[0]].param.device))
     else:
         for i in rest:
-            _eager(rule, works[i], hyper, step, around)
+            lost[i] = _not_finite(works[i].grad)
+            if not lost[i]:
+                _eager(rule, works[i], hyper, step, around)
     return lost
 
 
@@ -205,6 +206,10 @@ def _eager(rule: Rule, work: Work, hyper: Any, step: Any, around: Surround) -> N
         for old, fresh in zip(piece.state, state, strict=True):
             if fresh is not old:
                 old.copy_(fresh)
+
+
+def _not_finite(grad: Tensor) -> int:
+    return 0 if bool(torch.isfinite(grad.sum())) else int((~torch.isfinite(grad)).sum())
 
 
 def _pieces(rule: Rule, work: Work) -> Iterator[Work]:

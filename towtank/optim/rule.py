@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 Role = Literal["embedding", "matrix", "head", "vector"]
 Reach = Literal["element", "row", "tensor"]
+Decay = Literal["decoupled", "independent", "coupled"]
 Curvature = Literal["", "signed", "squared"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Rule:
     """An update rule: `init(param, role, hyper) -> state` and `update(param, grad, state, hyper, step) -> (param, state)`.
 
@@ -30,6 +31,9 @@ class Rule:
         update: one step.
         reach: what one number of the result depends on: its own `element`, its `row` (first axis), or the whole `tensor`.
             Tells how far a tensor may be cut into pieces that fit the cache, and across processes.
+        weight_decay: the official default of lambda.
+        decay: the official kind of decay: `decoupled`, `independent` or `coupled`.
+        variants: rules of the same name by variant (`paper`, `official`), where paper and code differ.
         decays: whether the rule applies `hyper.weight_decay` itself.
         curvature: which sample `observe` expects: `signed` z * (H z), `squared` sampled-label gradients, or none.
         observe: `(state, diagonal, hyper, count) -> state`, folds a curvature sample into the state.
@@ -48,6 +52,9 @@ class Rule:
     init: Callable[[Tensor, Role, Any], Any]
     update: Callable[[Tensor, Tensor, Any, Any, Any], tuple[Tensor, Any]]
     reach: Reach = "element"
+    weight_decay: float = 0.0
+    decay: Decay = "decoupled"
+    variants: Mapping[str, Rule] = field(default_factory=dict)
     decays: bool = False
     curvature: Curvature = ""
     observe: Callable[[Any, Tensor, Any, Any], Any] | None = None

@@ -63,4 +63,5 @@ RULE = Rule(
     summary="first moment over the root of the second",
     source="Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2",
     state_bytes=8,
+    weight_decay=1e-2,
 )
