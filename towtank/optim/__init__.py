@@ -8,8 +8,16 @@ from typing import Any
 
 # public name -> module of towtank.optim.rules (and the name of its rule there)
 OPTIMIZERS = {
+    "AdaBelief": "adabelief.RULE",
+    "AdaHessian": "adahessian.RULE",
     "AdamW": "adamw.RULE",
+    "DiffGrad": "diffgrad.RULE",
+    "EXAdam": "exadam.RULE",
     "Lion": "lion.RULE",
+    "SGD": "sgd.RULE",
+    "SGDSaI": "sgd_sai.RULE",
+    "SophiaG": "sophia.G",
+    "SophiaH": "sophia.H",
 }
 
 

@@ -103,7 +103,7 @@ def advance(
         raise ValueError(f"engine = {engine!r}: expected one of {', '.join(get_args(EngineName))}")
     lost, rest = [0] * len(works), list(range(len(works)))
     if engine in ("auto", "native"):
-        for (dtype, fits), members in _kinds(works).items():
+        for (dtype, fits), members in _kinds(rule, works).items():
             run = _native(rule, hyper, around, dtype, fits, engine == "native")
             if run is None:
                 continue
@@ -131,18 +131,20 @@ def _is(x: float | Tensor, number: float) -> bool:
     return isinstance(x, float | int) and x == number
 
 
-def _kinds(works: Sequence[Work]) -> dict[tuple[torch.dtype, bool], list[int]]:
+def _kinds(rule: Rule, works: Sequence[Work]) -> dict[tuple[torch.dtype, bool], list[int]]:
+    """Works by type, and whether a native kernel could read them: dense CPU tensors of one type and layout."""
     kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
+    single = _single(rule)
     for i, w in enumerate(works):
-        tensors = (w.param, w.grad, *w.state)
-        fits = all(
+        like = (w.param, w.grad, *(s for f, s in zip(w.state._fields, w.state, strict=True) if f not in single))
+        fits = _dense(w.param) and all(
             type(t) in (Tensor, torch.nn.Parameter)
             and t.device.type == "cpu"
             and t.dtype == w.param.dtype
             and t.stride() == w.param.stride()
             and t.shape == w.param.shape
-            for t in tensors
-        ) and _dense(w.param)
+            for t in like
+        )
         kinds.setdefault((w.param.dtype, fits), []).append(i)
     return kinds
 
@@ -189,14 +191,21 @@ def _kernel(rule: Rule, coupled: bool, dtype: torch.dtype) -> native.Kernel | st
         return new, *new_state
 
     try:
-        return native.kernel(flat, ["param", *states, "grad"], numbers, dtype, guard="grad")
+        return native.kernel(flat, ["param", *states, "grad"], numbers, dtype, guard="grad", single=_single(rule))
     except native.Unsupported as e:
         return str(e)
 
 
 @functools.cache
 def _state_type(rule: Rule) -> type:
-    return type(rule.init(torch.zeros(1), "matrix", rule.hyper()))
+    return type(rule.init(torch.zeros(2, 2), "matrix", rule.hyper()))
+
+
+@functools.cache
+def _single(rule: Rule) -> tuple[str, ...]:
+    """Fields of the state that are one number per tensor."""
+    state = rule.init(torch.zeros(2, 2), "matrix", rule.hyper())
+    return tuple(f for f, s in zip(state._fields, state, strict=True) if not s.ndim)
 
 
 def _eager(rule: Rule, work: Work, hyper: Any, step: Any, around: Surround) -> None:
@@ -218,8 +227,10 @@ def _pieces(rule: Rule, work: Work) -> Iterator[Work]:
     whole = rule.reach == "tensor" or work.param.device.type != "cpu" or work.param.numel() <= PIECE
     if whole or not all(t.is_contiguous() for t in tensors):
         yield work
-    elif rule.reach == "element" and all(t.shape == work.param.shape for t in tensors):
-        for p, g, *s in zip(*(t.view(-1).split(PIECE) for t in tensors), strict=True):
+    elif rule.reach == "element":
+        count = -(-work.param.numel() // PIECE)
+        cut = ([t] * count if not t.ndim else t.view(-1).split(PIECE) for t in tensors)
+        for p, g, *s in zip(*cut, strict=True):
             yield Work(p, g, type(work.state)(*s))
     elif rule.reach == "row" and all(t.shape[:1] == work.param.shape[:1] for t in tensors):
         rows = max(1, PIECE * work.param.shape[0] // work.param.numel())

@@ -61,6 +61,11 @@ class Members:
                 and clipping are now.
             moved: which members move, (E,).
         """
+        if not self.updates and self.rule.begin is not None:
+            for name, grad in grads.items():
+                fresh = torch.vmap(self.rule.begin)(self.state[name], grad, _cast(self.hyper, grad))
+                for old, new in zip(self.state[name], fresh, strict=True):
+                    old.copy_(new)
         self.updates += 1
         told = {name: numbers(name, self.hyper) for name in grads}
         (self._one_by_one if self._native else self._together)(grads, told, moved)
@@ -115,7 +120,7 @@ class Members:
 
     def _pieces(self, param: Tensor, grad: Tensor, state: Any):  # noqa: ANN202
         members = param.shape[0]
-        alike = all(s.shape == param.shape for s in state)
+        alike = all(s.shape == param.shape for s in state)  # a number per tensor cannot be cut
         if param.device.type != "cpu" or self.rule.reach != "element" or not alike:
             return [(param, grad, *state)]
         flat = (t.reshape(members, -1) if t is grad else t.view(members, -1) for t in (param, grad, *state))

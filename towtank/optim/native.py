@@ -118,7 +118,14 @@ def graph_node(x: Any) -> fx.Node:
     return x.node
 
 
-def write(graph: fx.Graph, tensors: Sequence[str], numbers: Sequence[str], dtype: torch.dtype, guard: str) -> str:
+def write(
+    graph: fx.Graph,
+    tensors: Sequence[str],
+    numbers: Sequence[str],
+    dtype: torch.dtype,
+    guard: str,
+    single: Sequence[str],
+) -> str:
     """The C source of a traced update: what depends on numbers alone is computed once, in double.
 
     Args:
@@ -127,6 +134,7 @@ def write(graph: fx.Graph, tensors: Sequence[str], numbers: Sequence[str], dtype
         numbers: names of its numbers.
         dtype: of the tensors.
         guard: the tensor whose numbers must be finite: where one is not, nothing is written, and it is counted.
+        single: tensors of one number, read by every element and not written.
 
     Raises:
         Unsupported: if an operation or the type has no translation.
@@ -134,7 +142,7 @@ def write(graph: fx.Graph, tensors: Sequence[str], numbers: Sequence[str], dtype
     if dtype not in TYPES:
         raise Unsupported(f"no native kernel for {dtype}; there is one for float32 and float64")
     once = [f"const double {n} = numbers__[{i}];" for i, n in enumerate(numbers)]
-    each = [f"const real {n} = {n}__[i__];" for n in tensors]
+    each = [f"const real {n} = {n}__[{0 if n in single else 'i__'}];" for n in tensors]
     varies, results = set(tensors), ()
     for node in graph.nodes:
         if node.op == "output":
@@ -145,7 +153,10 @@ def write(graph: fx.Graph, tensors: Sequence[str], numbers: Sequence[str], dtype
             line = f"{node.name} = {_translate(node, elementwise, varies)};"
             each.append(f"const real {line}") if elementwise else once.append(f"const double {line}")
     each += [f"const int fine__ = {guard} - {guard} == 0;", "lost__ += !fine__;"]
-    each += [f"{n}__[i__] = fine__ ? {r} : {n};" for n, r in zip(tensors, results, strict=False)]
+    written = [(n, r.name) for n, r in zip(tensors, results, strict=False) if r.name != n]
+    if any(n in single for n, _ in written):
+        raise Unsupported("a state of one number per tensor must not change")
+    each += [f"{n}__[i__] = fine__ ? {r} : {n};" for n, r in written]
     real, end = TYPES[dtype], "\n            "
     return TEMPLATE.format(
         real=real,
@@ -283,6 +294,7 @@ def kernel(
     dtype: torch.dtype,
     *,
     guard: str,
+    single: Sequence[str] = (),
 ) -> Kernel:
     """Trace, write and build an elementwise `update(*tensors, *numbers) -> new values of the leading tensors`.
 
@@ -292,6 +304,7 @@ def kernel(
         numbers: names of its numbers.
         dtype: of the tensors.
         guard: the tensor that must be finite for an element to be written.
+        single: tensors of one number, read by every element and not written.
 
     Raises:
         Unsupported: if the update, the type or the machine has no native kernel.
@@ -305,4 +318,4 @@ def kernel(
         graph = trace(update, tensors, numbers)
     except (TypeError, AttributeError, TraceError) as e:
         raise Unsupported(f"the rule cannot be traced: {e}") from e
-    return Kernel(build(write(graph, tensors, numbers, dtype, guard)), tensors, dtype)
+    return Kernel(build(write(graph, tensors, numbers, dtype, guard, single)), tensors, dtype)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from towtank.optim.engine import EngineName, Surround, Work, advance
+from towtank.optim.engine import EngineName, Surround, Work, advance, surrounded
 from towtank.optim.rule import ROLES, Decay, Role, Rule
 
 NonFinite = Literal["raise", "skip"]
@@ -118,6 +118,81 @@ class Optimizer(torch.optim.Optimizer):
             )
         return loss
 
+    @torch.no_grad()
+    def observe_curvature(self, diagonals: Sequence[Tensor] | Mapping[str, Tensor]) -> None:
+        """Hand a sample of the curvature's diagonal to the rule, before `step()`.
+
+        Args:
+            diagonals: one tensor per parameter, in the order of the groups or by name: the raw sample, z * (H z) for rules
+                with `signed` curvature, the squared sampled-label gradient for `squared`. None leaves a parameter out.
+
+        Raises:
+            ValueError: if the rule uses no curvature, or shapes do not fit.
+            FloatingPointError: if a sample is not finite.
+        """
+        if self.rule.observe is None:
+            raise ValueError(f"{self.rule.name} uses no curvature; leave observe_curvature out")
+        pairs = [(p, g) for g in self.param_groups for p in g["params"]]
+        if isinstance(diagonals, Mapping):
+            samples = [diagonals.get(self.name_of(p)) for p, _ in pairs]
+        else:
+            samples = list(diagonals)
+        if len(samples) != len(pairs):
+            raise ValueError(f"expected one diagonal per parameter, {len(pairs)} of them, got {len(samples)}")
+        for (p, group), sample in zip(pairs, samples, strict=True):
+            if sample is None:
+                continue
+            if sample.shape != p.shape:
+                raise ValueError(
+                    f"{self.name_of(p)}: expected a diagonal of shape {tuple(p.shape)}, got {tuple(sample.shape)}"
+                )
+            if not bool(torch.isfinite(sample).all()):
+                raise FloatingPointError(f"{self.name_of(p)}: the curvature sample is not finite")
+            self._start(p, group)
+            stored = self.state[p]
+            stored["observed"] += 1
+            seen = self.rule.observe(self._state(p, group), _real(sample), self.hyper(group), float(stored["observed"]))
+            stored.update({f: new.clone() if new is sample else new for f, new in seen._asdict().items()})
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, dict[str, float]]:
+        """What the next step with the present gradients would do, by parameter: nothing moves.
+
+        `update_rms` is the root mean square of the step (with decay); the others are the statistics of the rule.
+
+        Raises:
+            RuntimeError: if the rule needs curvature and has observed none.
+        """
+        told: dict[str, dict[str, float]] = {}
+        for group, hyper, step, around, members in self._batches():
+            for p in members:
+                work = self._work(p, group)
+                new, _ = surrounded(self.rule, work.param, work.grad, work.state, hyper, step, around)
+                values = {"update_rms": (new - work.param).square().mean().sqrt()}
+                if self.rule.statistics is not None:
+                    values |= self.rule.statistics(work.param, work.grad, work.state, hyper, step)
+                told[self.name_of(p)] = {k: float(v) for k, v in values.items()}
+        return told
+
+    @torch.no_grad()
+    def preconditioner(self) -> dict[str, Tensor]:
+        """The diagonal D of the step lr m / D by parameter, for `towtank.Preconditioned`.
+
+        Raises:
+            RuntimeError: if no step was taken, or the rule has no diagonal preconditioner.
+        """
+        if self.rule.preconditioner is None:
+            raise RuntimeError(f"{self.rule.name} has no diagonal preconditioner")
+        found = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in self.state and "step" in self.state[p]:
+                    step = float(self.state[p]["step"])
+                    found[self.name_of(p)] = self.rule.preconditioner(self._state(p, group), self.hyper(group), step)
+        if not found:
+            raise RuntimeError("no parameter has taken a step yet; call step() first")
+        return found
+
     def _batches(self):  # noqa: ANN202
         """(group, hyper, step, surround, parameters): parameters that share all numbers of a step."""
         for group in self.param_groups:
@@ -159,14 +234,38 @@ class Optimizer(torch.optim.Optimizer):
         return "an unknown parameter"
 
     def _ready(self, param: Tensor, group: Mapping[str, Any]) -> None:
-        if param.grad.is_sparse:  # pyright: ignore[reportOptionalMemberAccess]
+        """State for a parameter that has a gradient.
+
+        Raises:
+            TypeError: for a sparse gradient.
+            RuntimeError: if the rule needs curvature and has observed none.
+            FloatingPointError: if a rule begins with a gradient that is not finite.
+        """
+        assert param.grad is not None
+        if param.grad.is_sparse:
             raise TypeError(
                 f"{self.name_of(param)}: expected a dense gradient, got a sparse one; use Embedding(sparse=False)"
             )
-        if not self.state[param]:
-            fresh = self.rule.init(_real(param.detach()), self.role_of(param, group), self.hyper(group))
-            self.state[param] = {"step": torch.tensor(0.0), **fresh._asdict()}
-            self._kinds[param] = type(fresh)
+        self._start(param, group)
+        stored = self.state[param]
+        if self.rule.observe is not None and not float(stored["observed"]):
+            raise RuntimeError(
+                f"{self.rule.name} needs curvature and has observed none for {self.name_of(param)}; call "
+                "optimizer.observe_curvature(diagonals) before step()"
+            )
+        if self.rule.begin is not None and not float(stored["step"]):
+            if not bool(torch.isfinite(param.grad).all()):
+                raise FloatingPointError(f"{self.name_of(param)}: the first gradient is not finite")
+            begun = self.rule.begin(self._state(param, group), _real(param.grad), self.hyper(group))
+            stored.update(begun._asdict())
+
+    def _start(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        if self.state[param]:
+            return
+        fresh = self.rule.init(_real(param.detach()), self.role_of(param, group), self.hyper(group))
+        observed = {"observed": torch.tensor(0.0)} if self.rule.observe is not None else {}
+        self.state[param] = {"step": torch.tensor(0.0), **observed, **fresh._asdict()}
+        self._kinds[param] = type(fresh)
 
     def _state(self, param: Tensor, group: Mapping[str, Any]) -> Any:
         kind = self._kinds.get(param)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 Role = Literal["embedding", "matrix", "head", "vector"]
@@ -29,6 +30,7 @@ class Rule:
         hyper: NamedTuple class of the hyper-parameters, `lr` first, with the official defaults.
         init: state of a new parameter.
         update: one step.
+        begin: `(state, grad, hyper) -> state`, once, with the first gradient of the parameter.
         reach: what one number of the result depends on: its own `element`, its `row` (first axis), or the whole `tensor`.
             Tells how far a tensor may be cut into pieces that fit the cache, and across processes.
         weight_decay: the official default of lambda.
@@ -51,6 +53,7 @@ class Rule:
     hyper: type
     init: Callable[[Tensor, Role, Any], Any]
     update: Callable[[Tensor, Tensor, Any, Any, Any], tuple[Tensor, Any]]
+    begin: Callable[[Any, Tensor, Any], Any] | None = None
     reach: Reach = "element"
     weight_decay: float = 0.0
     decay: Decay = "decoupled"
@@ -69,3 +72,15 @@ class Rule:
 
     def __repr__(self) -> str:
         return f"<rule {self.name}>"
+
+
+def choose(condition: Any, a: Callable[[], Any], b: Callable[[], Any]) -> Any:
+    """`a()` where a condition on numbers holds, else `b()`: for plain numbers, traced ones and tensors alike.
+
+    Example:
+        >>> choose(3 > 2, lambda: 1.0, lambda: 0.0)
+        1.0
+    """
+    if isinstance(condition, bool):
+        return a() if condition else b()
+    return torch.where(condition, a(), b())
