@@ -124,7 +124,7 @@ def advance(
 
 def has_kernel(rule: Rule, dtype: torch.dtype) -> bool:
     """Whether the native engine can carry out a rule on this machine."""
-    return rule.reach == "element" and not isinstance(_kernel(rule, False, dtype), str)
+    return not isinstance(_kernel(rule, False, dtype), str)
 
 
 def _is(x: float | Tensor, number: float) -> bool:
@@ -134,19 +134,20 @@ def _is(x: float | Tensor, number: float) -> bool:
 def _kinds(rule: Rule, works: Sequence[Work]) -> dict[tuple[torch.dtype, bool], list[int]]:
     """Works by type, and whether a native kernel could read them: dense CPU tensors of one type and layout."""
     kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
-    single = _single(rule)
+    shapes = _shapes(rule)
     for i, w in enumerate(works):
-        like = (w.param, w.grad, *(s for f, s in zip(w.state._fields, w.state, strict=True) if f not in single))
-        fits = _dense(w.param) and all(
-            type(t) in (Tensor, torch.nn.Parameter)
-            and t.device.type == "cpu"
-            and t.dtype == w.param.dtype
-            and t.stride() == w.param.stride()
-            and t.shape == w.param.shape
-            for t in like
-        )
+        fits = shapes is not None and type(w.state) is shapes[0] and _dense(w.param)
+        if fits:
+            small = shapes[1] | shapes[2]
+            like = (w.param, w.grad, *(s for f, s in zip(w.state._fields, w.state, strict=True) if f not in small))
+            fits = all(_alike(t, w.param) for t in like) and (rule.reach == "element" or w.param.is_contiguous())
         kinds.setdefault((w.param.dtype, fits), []).append(i)
     return kinds
+
+
+def _alike(t: Tensor, param: Tensor) -> bool:
+    plain = type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.dtype == param.dtype
+    return plain and t.stride() == param.stride() and t.shape == param.shape
 
 
 def _dense(t: Tensor) -> bool:
@@ -156,56 +157,61 @@ def _dense(t: Tensor) -> bool:
 def _native(rule: Rule, hyper: Any, around: Surround, dtype: torch.dtype, fits: bool, must: bool):  # noqa: ANN202
     numbers = (*hyper, around.shrink, around.l2, around.scale)
     scalar = all(isinstance(x, float | int) or x.ndim == 0 for x in numbers)
-    if rule.reach != "element" or not fits or not scalar:
-        if must:
-            what = (
-                "a rule of single elements" if rule.reach != "element" else "dense CPU tensors of one type and layout"
-            )
-            raise native.Unsupported(f"engine = 'native' needs {what}; use engine = 'auto'")
-        return None
-    found = _kernel(rule, not _is(around.l2, 0.0), dtype)
+    found = _kernel(rule, not _is(around.l2, 0.0), dtype) if fits and scalar else "it needs dense CPU tensors of one type"
     if isinstance(found, str):
         if must:
-            raise native.Unsupported(found)
+            raise native.Unsupported(f"engine = 'native' is not possible: {found}; use engine = 'auto'")
         return None
 
     def run(works: Sequence[Work], hyper: Any, step: Any, around: Surround) -> list[int]:
-        columns = list(zip(*((w.param, *w.state, w.grad) for w in works), strict=True))
-        coupled = () if _is(around.l2, 0.0) else (around.l2,)
-        return found(columns, [float(x) for x in (*hyper, step, around.shrink, around.scale, *coupled)])
+        bad = [0 if rule.reach == "element" else _not_finite(w.grad) for w in works]
+        fine = [i for i, n in enumerate(bad) if not n]
+        if fine:
+            columns = list(zip(*((works[i].param, *works[i].state, works[i].grad) for i in fine), strict=True))
+            coupled = () if _is(around.l2, 0.0) else (around.l2,)
+            lost = found(columns, [float(x) for x in (*hyper, step, around.shrink, around.scale, *coupled)])
+            for i, n in zip(fine, lost, strict=True):
+                bad[i] = n
+        return bad
 
     return run
 
 
 @functools.cache
 def _kernel(rule: Rule, coupled: bool, dtype: torch.dtype) -> native.Kernel | str:
-    fields, states = rule.hyper._fields, _state_type(rule)._fields  # pyright: ignore[reportAttributeAccessIssue]
-    numbers = [*fields, "step", "shrink", "scale", *(["l2"] if coupled else [])]
-    count = len(states)
+    shapes = _shapes(rule)
+    if shapes is None:
+        return f"the rule {rule.name} keeps state that is neither per element, nor per row, nor per tensor"
+    kind, rows, single = shapes
+    fields: tuple[str, ...] = rule.hyper._fields  # pyright: ignore[reportAttributeAccessIssue]
+    states: tuple[str, ...] = kind._fields  # pyright: ignore[reportAttributeAccessIssue]
+    numbers = (*fields, "step_", "shrink_", "scale_", *(["l2_"] if coupled else []))
+    layout = native.Layout(
+        tensors=("param", *states, "grad"), numbers=numbers, guard="grad", rows=rows, single=single
+    )
 
     def flat(param: Any, *rest: Any) -> tuple[Any, ...]:
-        state, grad, rest = rest[:count], rest[count], rest[count + 1 :]
+        state, grad, rest = rest[: len(states)], rest[len(states)], rest[len(states) + 1 :]
         hyper, (step, shrink, scale, *l2) = rest[: len(fields)], rest[len(fields) :]
         around = Surround(shrink, *l2, scale=scale) if l2 else Surround(shrink, scale=scale)
-        new, new_state = surrounded(rule, param, grad, _state_type(rule)(*state), rule.hyper(*hyper), step, around)
+        new, new_state = surrounded(rule, param, grad, kind(*state), rule.hyper(*hyper), step, around)
         return new, *new_state
 
     try:
-        return native.kernel(flat, ["param", *states, "grad"], numbers, dtype, guard="grad", single=_single(rule))
+        return native.kernel(flat, layout, dtype, cut=rule.reach)
     except native.Unsupported as e:
         return str(e)
 
 
 @functools.cache
-def _state_type(rule: Rule) -> type:
-    return type(rule.init(torch.zeros(2, 2), "matrix", rule.hyper()))
-
-
-@functools.cache
-def _single(rule: Rule) -> tuple[str, ...]:
-    """Fields of the state that are one number per tensor."""
-    state = rule.init(torch.zeros(2, 2), "matrix", rule.hyper())
-    return tuple(f for f, s in zip(state._fields, state, strict=True) if not s.ndim)
+def _shapes(rule: Rule) -> tuple[type, frozenset[str], frozenset[str]] | None:
+    """Type of the state of a matrix, and which of its fields are one number per row, and in all; None for other shapes."""
+    state = rule.init(torch.zeros(2, 3), "matrix", rule.hyper())
+    shapes = {f: tuple(s.shape) for f, s in zip(state._fields, state, strict=True)}
+    if not set(shapes.values()) <= {(2, 3), (2, 1), ()}:
+        return None
+    rows, single = (frozenset(f for f, s in shapes.items() if s == shape) for shape in ((2, 1), ()))
+    return type(state), rows, single
 
 
 def _eager(rule: Rule, work: Work, hyper: Any, step: Any, around: Surround) -> None:

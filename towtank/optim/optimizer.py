@@ -69,6 +69,11 @@ class Optimizer(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        group = self.param_groups[-1]
+        if self.rule.prepare is not None:
+            with torch.no_grad():
+                for p in group["params"]:
+                    p.copy_(self.rule.prepare(p, self.role_of(p, group)))
 
     def _check(self, group: Mapping[str, Any]) -> None:
         for name, value in group.items():
@@ -209,7 +214,7 @@ class Optimizer(torch.optim.Optimizer):
                     group,
                     self.hyper(group),
                     step,
-                    Surround.of(group["decay"], group["weight_decay"], lr, share, 1.0),
+                    Surround.of(group["decay"], 0.0 if self.rule.decays else group["weight_decay"], lr, share, 1.0),
                     members,
                 )
 
@@ -315,13 +320,13 @@ def optimizer_class(name: str, rule: Rule) -> type[Optimizer]:
 
 
 def _numbers(rule: Rule) -> dict[str, Any]:
-    defaults = rule.hyper()._asdict()  # pyright: ignore[reportAttributeAccessIssue]
+    defaults: dict[str, Any] = rule.hyper()._asdict()  # pyright: ignore[reportAttributeAccessIssue]
     betas = tuple(v for k, v in defaults.items() if k[:4] == "beta" and k[4:].isdigit())
     numbers: dict[str, Any] = {}
     for k, v in defaults.items():
         if k[:4] == "beta" and k[4:].isdigit():
             numbers["betas"] = betas
-        else:
+        elif k != "weight_decay":
             numbers[k] = v
     return numbers
 

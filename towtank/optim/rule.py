@@ -30,6 +30,7 @@ class Rule:
         hyper: NamedTuple class of the hyper-parameters, `lr` first, with the official defaults.
         init: state of a new parameter.
         update: one step.
+        prepare: `(param, role) -> param`, once, when the optimizer is made: what the rule demands of weights.
         begin: `(state, grad, hyper) -> state`, once, with the first gradient of the parameter.
         reach: what one number of the result depends on: its own `element`, its `row` (first axis), or the whole `tensor`.
             Tells how far a tensor may be cut into pieces that fit the cache, and across processes.
@@ -53,6 +54,7 @@ class Rule:
     hyper: type
     init: Callable[[Tensor, Role, Any], Any]
     update: Callable[[Tensor, Tensor, Any, Any, Any], tuple[Tensor, Any]]
+    prepare: Callable[[Tensor, Role], Tensor] | None = None
     begin: Callable[[Any, Tensor, Any], Any] | None = None
     reach: Reach = "element"
     weight_decay: float = 0.0
