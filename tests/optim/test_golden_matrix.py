@@ -133,7 +133,9 @@ PACKAGES = {
 def test_25_steps_equal_the_authors_package(package: str, problem: str) -> None:
     name, both, ours_only = PACKAGES[package]
     theirs = walk(_official(name, **both), PROBLEMS[problem]())
-    ours = walk(lambda params: getattr(optim, name)(params, lr=LR, weight_decay=WD, **both, **ours_only), PROBLEMS[problem]())
+    ours = walk(
+        lambda params: getattr(optim, name)(params, lr=LR, weight_decay=WD, **both, **ours_only), PROBLEMS[problem]()
+    )
     assert far_apart(ours, [t.double().numpy() for t in theirs]) < tolerance(problem)
 
 

@@ -157,14 +157,19 @@ def _dense(t: Tensor) -> bool:
 def _native(rule: Rule, hyper: Any, around: Surround, dtype: torch.dtype, fits: bool, must: bool):  # noqa: ANN202
     numbers = (*hyper, around.shrink, around.l2, around.scale)
     scalar = all(isinstance(x, float | int) or x.ndim == 0 for x in numbers)
-    found = _kernel(rule, not _is(around.l2, 0.0), dtype) if fits and scalar else "it needs dense CPU tensors of one type"
+    fixed = tuple((n, float(getattr(hyper, n))) for n in rule.static) if scalar else ()
+    found = (
+        _kernel(rule, not _is(around.l2, 0.0), dtype, fixed)
+        if fits and scalar
+        else "it needs dense CPU tensors of one type"
+    )
     if isinstance(found, str):
         if must:
             raise native.Unsupported(f"engine = 'native' is not possible: {found}; use engine = 'auto'")
         return None
 
     def run(works: Sequence[Work], hyper: Any, step: Any, around: Surround) -> list[int]:
-        bad = [0 if rule.reach == "element" else _not_finite(w.grad) for w in works]
+        bad = [0 if rule.reach != "tensor" else _not_finite(w.grad) for w in works]
         fine = [i for i, n in enumerate(bad) if not n]
         if fine:
             columns = list(zip(*((works[i].param, *works[i].state, works[i].grad) for i in fine), strict=True))
@@ -178,7 +183,9 @@ def _native(rule: Rule, hyper: Any, around: Surround, dtype: torch.dtype, fits: 
 
 
 @functools.cache
-def _kernel(rule: Rule, coupled: bool, dtype: torch.dtype) -> native.Kernel | str:
+def _kernel(
+    rule: Rule, coupled: bool, dtype: torch.dtype, fixed: tuple[tuple[str, float], ...] = ()
+) -> native.Kernel | str:
     shapes = _shapes(rule)
     if shapes is None:
         return f"the rule {rule.name} keeps state that is neither per element, nor per row, nor per tensor"
@@ -186,15 +193,14 @@ def _kernel(rule: Rule, coupled: bool, dtype: torch.dtype) -> native.Kernel | st
     fields: tuple[str, ...] = rule.hyper._fields  # pyright: ignore[reportAttributeAccessIssue]
     states: tuple[str, ...] = kind._fields  # pyright: ignore[reportAttributeAccessIssue]
     numbers = (*fields, "step_", "shrink_", "scale_", *(["l2_"] if coupled else []))
-    layout = native.Layout(
-        tensors=("param", *states, "grad"), numbers=numbers, guard="grad", rows=rows, single=single
-    )
+    layout = native.Layout(tensors=("param", *states, "grad"), numbers=numbers, guard="grad", rows=rows, single=single)
 
     def flat(param: Any, *rest: Any) -> tuple[Any, ...]:
         state, grad, rest = rest[: len(states)], rest[len(states)], rest[len(states) + 1 :]
         hyper, (step, shrink, scale, *l2) = rest[: len(fields)], rest[len(fields) :]
         around = Surround(shrink, *l2, scale=scale) if l2 else Surround(shrink, scale=scale)
-        new, new_state = surrounded(rule, param, grad, kind(*state), rule.hyper(*hyper), step, around)
+        numbers = rule.hyper(*hyper)._replace(**dict(fixed))  # pyright: ignore[reportAttributeAccessIssue]
+        new, new_state = surrounded(rule, param, grad, kind(*state), numbers, step, around)
         return new, *new_state
 
     try:

@@ -66,5 +66,3 @@ def per_row(param: Tensor) -> Tensor:
 
 def _record(function: Any, x: Proxy) -> Proxy:
     return x.tracer.create_proxy("call_function", function, (x,), {})
-
-

@@ -37,6 +37,7 @@ class Rule:
         weight_decay: the official default of lambda.
         decay: the official kind of decay: `decoupled`, `independent` or `coupled`.
         variants: rules of the same name by variant (`paper`, `official`), where paper and code differ.
+        static: numbers that select a formula rather than scale one; a compiled step is made for their value.
         decays: whether the rule applies `hyper.weight_decay` itself.
         curvature: which sample `observe` expects: `signed` z * (H z), `squared` sampled-label gradients, or none.
         observe: `(state, diagonal, hyper, count) -> state`, folds a curvature sample into the state.
@@ -60,6 +61,7 @@ class Rule:
     weight_decay: float = 0.0
     decay: Decay = "decoupled"
     variants: Mapping[str, Rule] = field(default_factory=dict)
+    static: tuple[str, ...] = ()
     decays: bool = False
     curvature: Curvature = ""
     observe: Callable[[Any, Tensor, Any, Any], Any] | None = None

@@ -96,7 +96,11 @@ class Kernel:
         rows = (ctypes.c_long * count)(*(s.rows for s in spans))
         lengths = (ctypes.c_long * count)(*(s.length for s in spans))
         pointers = (ctypes.c_void_p * (count * len(columns)))(
-            *(self._pointer(n, c[s.tensor], s) for n, c in zip(self.layout.tensors, columns, strict=True) for s in spans)
+            *(
+                self._pointer(n, c[s.tensor], s)
+                for n, c in zip(self.layout.tensors, columns, strict=True)
+                for s in spans
+            )
         )
         lost = (ctypes.c_long * count)()
         self._advance(ctypes.c_long(count), rows, lengths, pointers, values, lost)

@@ -23,7 +23,9 @@ from towtank.optim.native.operations import OPERATIONS, helpers
 TYPES = {torch.float32: "float", torch.float64: "double"}
 NUMBER, TENSOR, ROW, ELEMENT = range(4)
 OVER_ROW, OVER_ROWS = (rowwise.row_sum,), (rowwise.total, rowwise.largest)
+DEAR = ("truediv", "div", "sqrt", "rsqrt", "exp", "pow", "sigmoid", "log", "reciprocal")
 TEMPLATE = """#include <math.h>
+#include <stdlib.h>
 typedef {real} real;
 {helpers}
 void advance(
@@ -35,6 +37,7 @@ void advance(
         long lost__ = 0;
         {pointers}
         {passes}
+        {free}
         bad__[t__] = lost__;
     }}
 }}
@@ -91,6 +94,8 @@ class _Value:
     reduce: str = "+"
     a_pass: int = 0
     a_loop: int = 0
+    dear: bool = False
+    kept: bool = False  # computed in one loop over a row and read in a later one
 
 
 @dataclass
@@ -122,10 +127,14 @@ def write(graph: fx.Graph, layout: Layout, dtype: torch.dtype) -> str:
         raise Unsupported(f"no native kernel for {dtype}; there is one for float32 and float64")
     program = _program(graph, layout)
     once = [f"const double {n} = numbers__[{i}];" for i, n in enumerate(layout.numbers)]
-    once += [f"const double {v.name} = {v.text};" for v in program.values.values() if v.kind == NUMBER and not _sized(v)]
+    once += [
+        f"const double {v.name} = {v.text};" for v in program.values.values() if v.kind == NUMBER and not _sized(v)
+    ]
     pointers = [f"real *restrict {n}__ = pointers__[{k} * tensors__ + t__];" for k, n in enumerate(layout.tensors)]
     pointers += [f"const real {n} = {n}__[0];" for n in layout.tensors if n in layout.single]
     pointers += [f"const double {v.name} = {v.text};" for v in program.values.values() if _sized(v)]
+    kept = [v.name for v in program.values.values() if v.kept]
+    pointers += [f"real *restrict {n}_kept__ = malloc(sizeof(real) * (length__ ? length__ : 1));" for n in kept]
     last = max(program.values[r].a_pass if r in program.values else 0 for _, r in program.written)
     passes = [line for p in range(last + 1) for line in _pass(program, p, p == last)]
     return TEMPLATE.format(
@@ -134,6 +143,7 @@ def write(graph: fx.Graph, layout: Layout, dtype: torch.dtype) -> str:
         numbers="\n    ".join(once),
         pointers="\n        ".join(pointers),
         passes="\n        ".join(passes),
+        free=" ".join(f"free({n}_kept__);" for n in kept),
     )
 
 
@@ -157,10 +167,20 @@ def _program(graph: fx.Graph, layout: Layout) -> _Program:
             value.a_pass = max((v.a_pass + (v.over == "rows") for v in inputs), default=0)
             value.a_loop = max((v.a_loop + (v.over == "row") for v in inputs if v.kind >= ROW), default=0)
             program.values[node.name], kinds[node.name] = value, value.kind
+    _keep(program)
     for name, result in program.written:
         if name in layout.single or kinds[result] != layout.kind(name):
             raise Unsupported(f"expected {name} to keep its shape, and a state of one number per tensor not to change")
     return program
+
+
+def _keep(program: _Program) -> None:
+    """Mark dear values that a row sum needs and that are needed again after it."""
+    summed = [v.needs[0] for v in program.values.values() if v.over == "row"]
+    before = program.needed(summed, known=lambda v: v.kind <= ROW)
+    after = program.needed([r for _, r in program.written], known=lambda v: v.kind <= ROW)
+    for name in before & after:
+        program.values[name].kept = program.values[name].dear
 
 
 def _value(node: fx.Node, kinds: dict[str, int]) -> _Value:
@@ -172,14 +192,22 @@ def _value(node: fx.Node, kinds: dict[str, int]) -> _Value:
     if node.target in OVER_ROW and kind == ELEMENT:
         return _Value(node.name, ROW, needs[0], needs, over="row")
     if node.target in OVER_ROWS and kind == ROW:
-        return _Value(node.name, TENSOR, needs[0], needs, over="rows", reduce="+" if node.target is rowwise.total else ">")
+        return _Value(
+            node.name, TENSOR, needs[0], needs, over="rows", reduce="+" if node.target is rowwise.total else ">"
+        )
     if node.target in (*OVER_ROW, *OVER_ROWS):
         raise Unsupported("expected row_sum of elements, and total or largest of one number per row")
-    return _Value(node.name, kind, _translate(node, kind, kinds), needs)
+    value = _Value(node.name, kind, _translate(node, kind, kinds), needs)
+    value.dear = kind == ELEMENT and _named(node) in DEAR
+    return value
+
+
+def _named(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
 def _translate(node: fx.Node, kind: int, kinds: dict[str, int]) -> str:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    name = _named(node)
     if name not in OPERATIONS:
         raise Unsupported(f"operation {name!r} has no translation to C")
     double = kind <= TENSOR
@@ -208,11 +236,17 @@ def _pass(program: _Program, which: int, last: bool) -> list[str]:
     lines = [f"double {v.name} = {'0' if v.reduce == '+' else '-INFINITY'};" for v in totals]
     ready = [v for v in program.values.values() if v.kind == TENSOR and not v.over and v.a_pass == which]
     lines = [f"const double {v.name} = {v.text};" for v in ready] + lines
-    lines += ["for (long r__ = 0; r__ < count__; r__++) {", "    const long from__ = r__ * length__, to__ = from__ + length__;"]
+    lines += [
+        "for (long r__ = 0; r__ < count__; r__++) {",
+        "    const long from__ = r__ * length__, to__ = from__ + length__;",
+    ]
+    if not any(v.over == "rows" for v in program.values.values()) and _reduces(program):
+        lines += [f"    {line}" for line in _row_guard(program.layout.guard)]
     lines += [f"    const real {n} = {n}__[r__];" for n in program.layout.rows]
+    have: set[str] = set()
     loops = max([program.values[n].a_loop for n in need] + [0])
     for loop in range(loops + 1):
-        lines += [f"    {line}" for line in _loop(program, need, loop, results if loop == loops else [])]
+        lines += [f"    {line}" for line in _loop(program, need, loop, results if loop == loops else [], have)]
     for v in totals:
         x = v.needs[0]
         lines.append(f"    {v.name} += {x};" if v.reduce == "+" else f"    {v.name} = {x} > {v.name} ? {x} : {v.name};")
@@ -220,13 +254,28 @@ def _pass(program: _Program, which: int, last: bool) -> list[str]:
     return [*lines, *(f"    {n}__[r__] = {r};" for n, r in rows), "}"]
 
 
-def _loop(program: _Program, need: set[str], which: int, results: Sequence[str]) -> list[str]:
+def _reduces(program: _Program) -> bool:
+    return any(v.over in ("row", "rows") for v in program.values.values())
+
+
+def _row_guard(guard: str) -> list[str]:
+    """Leave a row alone where the guarded tensor is not finite, and count it."""
+    return [
+        "long bad_here__ = 0;",
+        "#pragma omp simd reduction(+:bad_here__)",
+        f"for (long i__ = from__; i__ < to__; i__++) bad_here__ += !({guard}__[i__] - {guard}__[i__] == 0);",
+        "if (bad_here__) { lost__ += bad_here__; continue; }",
+    ]
+
+
+def _loop(program: _Program, need: set[str], which: int, results: Sequence[str], have: set[str]) -> list[str]:
     """What is known of a row by now, then one loop over its elements: it ends in sums, or writes the results."""
     values, layout = program.values, program.layout
     row = [v for v in values.values() if v.name in need and v.kind == ROW and not v.over and v.a_loop == which]
     sums = [v for v in values.values() if v.name in need and v.over == "row" and v.a_loop == which]
     written = [(n, r) for n, r in program.written if r in results and n not in layout.rows]
-    own = program.needed([v.needs[0] for v in sums] + [r for _, r in written], known=lambda v: v.kind <= ROW)
+    targets = [v.needs[0] for v in sums] + [r for _, r in written]
+    own = program.needed(targets, known=lambda v: v.kind <= ROW or v.name in have)
     lines = [f"const real {v.name} = {v.text};" for v in row]
     if not sums and not written:
         return lines
@@ -235,9 +284,15 @@ def _loop(program: _Program, need: set[str], which: int, results: Sequence[str])
         lines.append(f"#pragma omp simd reduction(+:{','.join(v.name for v in sums)})")
     lines.append("for (long i__ = from__; i__ < to__; i__++) {")
     lines += [f"    const real {n} = {n}__[i__];" for n in layout.tensors if layout.kind(n) == ELEMENT]
-    lines += [f"    const real {v.name} = {v.text};" for v in values.values() if v.name in own and v.kind == ELEMENT]
+    lines += [f"    const real {n} = {n}_kept__[i__ - from__];" for n in sorted(have)]
+    for v in values.values():
+        if v.name in own and v.kind == ELEMENT:
+            lines.append(f"    const real {v.name} = {v.text};")
+            if v.kept:
+                lines.append(f"    {v.name}_kept__[i__ - from__] = {v.name};")
+                have.add(v.name)
     lines += [f"    {v.name} += {v.text};" for v in sums]
-    guarded = not any(v.over for v in values.values() if v.over != "size")
+    guarded = not _reduces(program)
     if written and guarded:
         lines += [f"    const int fine__ = {layout.guard} - {layout.guard} == 0;", "    lost__ += !fine__;"]
     for n, r in written:

@@ -67,6 +67,7 @@ RULE = Rule(
     hyper=Hyper,
     init=init,
     update=update,
+    static=("hessian_power",),
     curvature="signed",
     observe=observe,
     preconditioner=_preconditioner,

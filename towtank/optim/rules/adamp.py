@@ -77,6 +77,7 @@ RULE = Rule(
     hyper=Hyper,
     init=init,
     update=update,
+    static=("nesterov",),
     reach="tensor",
     decays=True,
     preconditioner=adamw.RULE.preconditioner,

@@ -66,9 +66,7 @@ def update_norm(param: Tensor, grad: Tensor, state: State, hyper: Hyper, step: N
     return _update(param, grad, state, hyper, step, 0.0)
 
 
-def _update(
-    param: Tensor, grad: Tensor, state: State, hyper: Hyper, step: Number, mean: float
-) -> tuple[Tensor, State]:
+def _update(param: Tensor, grad: Tensor, state: State, hyper: Hyper, step: Number, mean: float) -> tuple[Tensor, State]:
     if isinstance(state, adamw.State):
         return adamw.update(param, grad, state, adamw.Hyper(hyper.lr, hyper.beta1, hyper.beta2, hyper.eps), step)
     if isinstance(state, EmbeddingState):

@@ -52,6 +52,7 @@ RULE = Rule(
     hyper=Hyper,
     init=init,
     update=update,
+    static=("nesterov",),
     preconditioner=lambda state, hyper, step: torch.ones_like(state.momentum_buffer),
     summary="gradient descent with momentum",
     source="Sutskever et al. 2013, equations 1 to 4",

@@ -80,12 +80,15 @@ _PAPER = Rule(
     hyper=Hyper,
     init=init,
     update=update,
+    static=("nesterov",),
     reach="tensor",
     decays=True,
     preconditioner=lambda state, hyper, step: torch.ones_like(state.momentum_buffer),
     summary="momentum SGD without the radial part of the step on scale-invariant weights",
     source="Heo et al. 2021, algorithm 1",
-    deviations=("official: without Nesterov the projection overwrites the stored momentum; variant 'official' is that",),
+    deviations=(
+        "official: without Nesterov the projection overwrites the stored momentum; variant 'official' is that",
+    ),
     state_bytes=4,
     lr_vs_adamw=(10.0, 1000.0),
 )
