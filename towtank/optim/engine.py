@@ -136,8 +136,8 @@ def _kinds(rule: Rule, works: Sequence[Work]) -> dict[tuple[torch.dtype, bool], 
     kinds: dict[tuple[torch.dtype, bool], list[int]] = {}
     shapes = _shapes(rule)
     for i, w in enumerate(works):
-        fits = shapes is not None and type(w.state) is shapes[0] and _dense(w.param)
-        if fits:
+        fits = False
+        if shapes is not None and type(w.state) is shapes[0] and _dense(w.param):
             small = shapes[1] | shapes[2]
             like = (w.param, w.grad, *(s for f, s in zip(w.state._fields, w.state, strict=True) if f not in small))
             fits = all(_alike(t, w.param) for t in like) and (rule.reach == "element" or w.param.is_contiguous())

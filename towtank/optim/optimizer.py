@@ -13,8 +13,12 @@ from torch.optim.optimizer import ParamsT
 
 from towtank.optim.engine import EngineName, Surround, Work, advance, surrounded
 from towtank.optim.rule import ROLES, Decay, Role, Rule
+from towtank.optim.transforms import compensated, rounded, stochastic
 
 NonFinite = Literal["raise", "skip"]
+Rounding = Literal["nearest", "stochastic", "compensated"]
+Transform = Callable[[Rule], Rule]
+LOW = (torch.bfloat16, torch.float16)
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -27,6 +31,10 @@ class Optimizer(torch.optim.Optimizer):
         weight_decay: lambda.
         decay: how it acts, see `Surround.of`.
         maximize: ascend instead of descend.
+        clip: largest global norm of the gradients, or None.
+        clip_each: largest norm of each parameter's gradient, or None.
+        transforms: functions from rule to rule (`towtank.optim.transforms`), the first innermost.
+        rounding: how bfloat16 and float16 parameters are stored after a step, which is computed in float32.
         engine: how the rule is carried out, see `advance`.
         nonfinite: a gradient that is not finite: `raise` names the parameter (its bad elements have not moved and its
             state is clean), `skip` leaves the whole step out and counts it in `skipped`.
@@ -44,10 +52,20 @@ class Optimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         decay: Decay = "decoupled",
         maximize: bool = False,
+        clip: float | None = None,
+        clip_each: float | None = None,
+        transforms: Sequence[Transform] = (),
+        rounding: Rounding = "nearest",
         engine: EngineName = "auto",
         nonfinite: NonFinite = "raise",
     ) -> None:
+        for transform in transforms:
+            rule = transform(rule)
+        if rounding not in get_args(Rounding):
+            raise ValueError(f"rounding = {rounding!r}: expected one of {', '.join(get_args(Rounding))}")
         self.rule = rule
+        self._low = {"nearest": rounded, "stochastic": stochastic, "compensated": compensated}[rounding](rule)
+        self.clip, self.clip_each = _positive("clip", clip), _positive("clip_each", clip_each)
         self.engine: EngineName = engine
         self.nonfinite: NonFinite = nonfinite
         self.skipped = 0
@@ -113,7 +131,7 @@ class Optimizer(torch.optim.Optimizer):
             works = [self._work(p, group) for p in members]
             for p in members:
                 self.state[p]["step"] += 1
-            lost = advance(self.rule, works, hyper, step, around, engine=self.engine)
+            lost = advance(self._rule(members[0]), works, hyper, step, around, engine=self.engine)
             bad += [(self.name_of(p), n) for p, n in zip(members, lost, strict=True) if n]
         if bad:
             raise FloatingPointError(
@@ -156,7 +174,9 @@ class Optimizer(torch.optim.Optimizer):
             self._start(p, group)
             stored = self.state[p]
             stored["observed"] += 1
-            seen = self.rule.observe(self._state(p, group), _real(sample), self.hyper(group), float(stored["observed"]))
+            observe, count = self._rule(p).observe, float(stored["observed"])
+            assert observe is not None
+            seen = observe(self._state(p, group), _real(sample), self.hyper(group), count)
             stored.update({f: new.clone() if new is sample else new for f, new in seen._asdict().items()})
 
     @torch.no_grad()
@@ -172,10 +192,11 @@ class Optimizer(torch.optim.Optimizer):
         for group, hyper, step, around, members in self._batches():
             for p in members:
                 work = self._work(p, group)
-                new, _ = surrounded(self.rule, work.param, work.grad, work.state, hyper, step, around)
-                values = {"update_rms": (new - work.param).square().mean().sqrt()}
-                if self.rule.statistics is not None:
-                    values |= self.rule.statistics(work.param, work.grad, work.state, hyper, step)
+                rule = self._rule(p)
+                new, _ = surrounded(rule, work.param, work.grad, work.state, hyper, step, around)
+                values = {"update_rms": (new - work.param).float().square().mean().sqrt()}
+                if rule.statistics is not None:
+                    values |= rule.statistics(work.param, work.grad, work.state, hyper, step)
                 told[self.name_of(p)] = {k: float(v) for k, v in values.items()}
         return told
 
@@ -193,30 +214,59 @@ class Optimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 if p in self.state and "step" in self.state[p]:
                     step = float(self.state[p]["step"])
-                    found[self.name_of(p)] = self.rule.preconditioner(self._state(p, group), self.hyper(group), step)
+                    diagonal = self._rule(p).preconditioner
+                    assert diagonal is not None
+                    found[self.name_of(p)] = diagonal(self._state(p, group), self.hyper(group), step)
         if not found:
             raise RuntimeError("no parameter has taken a step yet; call step() first")
         return found
 
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; its tensors keep their types, so that a resumed run is the uninterrupted one bit by bit."""
+        super().load_state_dict(state_dict)
+        saved = [i for g in state_dict["param_groups"] for i in g["params"]]
+        params = [p for g in self.param_groups for p in g["params"]]
+        self._kinds.clear()
+        for i, p in zip(saved, params, strict=True):
+            if i in state_dict["state"]:
+                self.state[p] = {
+                    k: v.to("cpu" if k in ("step", "observed") else p.device, copy=True)
+                    for k, v in state_dict["state"][i].items()
+                }
+
     def _batches(self):  # noqa: ANN202
-        """(group, hyper, step, surround, parameters): parameters that share all numbers of a step."""
+        """(group, hyper, step, surround, parameters): parameters that share a rule and all numbers of a step."""
+        scale = self._global_scale()
         for group in self.param_groups:
-            by_step: dict[float, list[Tensor]] = {}
+            alike: dict[tuple[float, bool, float], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None and p.numel():
                     self._ready(p, group)
-                    by_step.setdefault(float(self.state[p]["step"]) + 1, []).append(p)
+                    own = _clip_scale(p.grad, self.clip_each) if self.clip_each else 1.0
+                    alike.setdefault((float(self.state[p]["step"]) + 1, p.dtype in LOW, own), []).append(p)
             lr = group["lr"]
-            peak = group.get("initial_lr", self.defaults["lr"])
-            share = float(lr) / float(peak) if float(peak) else 0.0
-            for step, members in by_step.items():
+            peak = float(group.get("initial_lr", self.defaults["lr"]))
+            share = float(lr) / peak if peak else 0.0
+            decay = 0.0 if self.rule.decays else group["weight_decay"]
+            for (step, _, own), members in alike.items():
                 yield (
                     group,
                     self.hyper(group),
                     step,
-                    Surround.of(group["decay"], 0.0 if self.rule.decays else group["weight_decay"], lr, share, 1.0),
+                    Surround.of(group["decay"], decay, lr, share, scale * own),
                     members,
                 )
+
+    def _global_scale(self) -> float:
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if not self.clip or not grads:
+            return 1.0
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in grads]))
+        return float((self.clip / (norm + 1e-6)).clamp(max=1.0)) if bool(torch.isfinite(norm)) else 1.0
+
+    def _rule(self, param: Tensor) -> Rule:
+        return self._low if param.dtype in LOW else self.rule
 
     def hyper(self, group: Mapping[str, Any]) -> Any:
         """The rule's numbers of a group."""
@@ -261,13 +311,15 @@ class Optimizer(torch.optim.Optimizer):
         if self.rule.begin is not None and not float(stored["step"]):
             if not bool(torch.isfinite(param.grad).all()):
                 raise FloatingPointError(f"{self.name_of(param)}: the first gradient is not finite")
-            begun = self.rule.begin(self._state(param, group), _real(param.grad), self.hyper(group))
+            begin = self._rule(param).begin
+            assert begin is not None
+            begun = begin(self._state(param, group), _real(param.grad), self.hyper(group))
             stored.update(begun._asdict())
 
     def _start(self, param: Tensor, group: Mapping[str, Any]) -> None:
         if self.state[param]:
             return
-        fresh = self.rule.init(_real(param.detach()), self.role_of(param, group), self.hyper(group))
+        fresh = self._rule(param).init(_real(param.detach()), self.role_of(param, group), self.hyper(group))
         observed = {"observed": torch.tensor(0.0)} if self.rule.observe is not None else {}
         self.state[param] = {"step": torch.tensor(0.0), **observed, **fresh._asdict()}
         self._kinds[param] = type(fresh)
@@ -275,8 +327,10 @@ class Optimizer(torch.optim.Optimizer):
     def _state(self, param: Tensor, group: Mapping[str, Any]) -> Any:
         kind = self._kinds.get(param)
         if kind is None:
-            like = _real(param.detach()).new_zeros((1,) * _real(param).ndim)
-            kind = self._kinds[param] = type(self.rule.init(like, self.role_of(param, group), self.hyper(group)))
+            like = torch.zeros_like(_real(param.detach()))  # the type may depend on the shape
+            kind = self._kinds[param] = type(
+                self._rule(param).init(like, self.role_of(param, group), self.hyper(group))
+            )
         stored = self.state[param]
         return kind(*(stored[f] for f in kind._fields))
 
@@ -288,6 +342,17 @@ class Optimizer(torch.optim.Optimizer):
     def _all_finite(self) -> bool:
         grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
         return all(bool(torch.isfinite(g).all()) for g in grads)
+
+
+def _positive(name: str, value: float | None) -> float | None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} = {value}: expected a positive number, or None")
+    return value
+
+
+def _clip_scale(grad: Tensor, largest: float) -> float:
+    norm = float(torch.linalg.vector_norm(grad.float()))
+    return min(1.0, largest / (norm + 1e-6)) if math.isfinite(norm) else 1.0
 
 
 def _real(t: Tensor) -> Tensor:

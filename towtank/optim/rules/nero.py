@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from towtank.optim.rule import Role, Rule
 from towtank.optim.rowwise import per_row, row_length, row_sum
+from towtank.optim.rule import Role, Rule
 
 Number = float | Tensor
 

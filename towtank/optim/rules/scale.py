@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from towtank.optim.rule import Role, Rule
 from towtank.optim.rowwise import row_length, row_sum
+from towtank.optim.rule import Role, Rule
 from towtank.optim.rules import adamw
 
 Number = float | Tensor
