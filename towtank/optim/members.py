@@ -61,11 +61,14 @@ class Members:
                 and clipping are now.
             moved: which members move, (E,).
         """
-        if not self.updates and self.rule.begin is not None:
+        every = getattr(self.hyper, self.rule.again) if self.rule.again else torch.full_like(self.hyper.lr, torch.inf)
+        due = self.updates % every == 0
+        if self.rule.begin is not None and bool(due.any()):
             for name, grad in grads.items():
-                fresh = torch.vmap(self.rule.begin)(self.state[name], grad, _cast(self.hyper, grad))
+                sound = grad.nan_to_num(0.0, 0.0, 0.0)  # a lost member's gradient must not stop the others
+                fresh = torch.vmap(self.rule.begin)(self.state[name], sound, _cast(self.hyper, grad))
                 for old, new in zip(self.state[name], fresh, strict=True):
-                    old.copy_(new)
+                    old.copy_(torch.where(_column(due, moved, old).bool().view(-1, *(1,) * (old.ndim - 1)), new, old))
         self.updates += 1
         told = {name: numbers(name, self.hyper) for name in grads}
         (self._one_by_one if self._native else self._together)(grads, told, moved)

@@ -308,9 +308,10 @@ class Optimizer(torch.optim.Optimizer):
                 f"{self.rule.name} needs curvature and has observed none for {self.name_of(param)}; call "
                 "optimizer.observe_curvature(diagonals) before step()"
             )
-        if self.rule.begin is not None and not float(stored["step"]):
+        every = float(group[self.rule.again]) if self.rule.again else math.inf
+        if self.rule.begin is not None and not float(stored["step"]) % every:
             if not bool(torch.isfinite(param.grad).all()):
-                raise FloatingPointError(f"{self.name_of(param)}: the first gradient is not finite")
+                raise FloatingPointError(f"{self.name_of(param)}: the gradient that the rule begins with is not finite")
             begin = self._rule(param).begin
             assert begin is not None
             begun = begin(self._state(param, group), _real(param.grad), self.hyper(group))

@@ -5,6 +5,7 @@ A parameter (rows, ...) of one dimension has rows of one number. Under `vmap` th
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def row_length(x: Any) -> Any:
     """How many numbers a row has."""
     if isinstance(x, Proxy):
         return _record(row_length, x)
-    return x[0].numel() if x.ndim > 1 else 1
+    return math.prod(x.shape[1:])
 
 
 def row_count(x: Any) -> Any:

@@ -31,7 +31,8 @@ class Rule:
         init: state of a new parameter.
         update: one step.
         prepare: `(param, role) -> param`, once, when the optimizer is made: what the rule demands of weights.
-        begin: `(state, grad, hyper) -> state`, once, with the first gradient of the parameter.
+        begin: `(state, grad, hyper) -> state`, with the first gradient of the parameter, outside the pure update.
+        again: the number of `hyper` that says after how many steps `begin` is repeated; empty: it is not.
         reach: what one number of the result depends on: its own `element`, its `row` (first axis), or the whole `tensor`.
             Tells how far a tensor may be cut into pieces that fit the cache, and across processes.
         weight_decay: the official default of lambda.
@@ -57,6 +58,7 @@ class Rule:
     update: Callable[[Tensor, Tensor, Any, Any, Any], tuple[Tensor, Any]]
     prepare: Callable[[Tensor, Role], Tensor] | None = None
     begin: Callable[[Any, Tensor, Any], Any] | None = None
+    again: str = ""
     reach: Reach = "element"
     weight_decay: float = 0.0
     decay: Decay = "decoupled"
