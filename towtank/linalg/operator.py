@@ -26,6 +26,8 @@ class LinearOperator(ABC):
         semidefinite: whether v^T A v >= 0 for every v is known, as for Gauss-Newton and Fisher matrices.
         convention: which matrix of which loss this is; carried into every estimate.
         slices: where each named block lies in a vector, for `restrict`.
+        cost: of one product, in a unit shared by the operators of one problem (gradients), for algorithms that choose
+            between two operators; only ratios matter.
 
     Example:
         >>> A = LinearOperator.from_matrix(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))
@@ -48,6 +50,7 @@ class LinearOperator(ABC):
         semidefinite: bool = False,
         convention: str = "",
         slices: dict[str, slice] | None = None,
+        cost: float = 1.0,
     ) -> None:
         self.shape = (size, size)
         self.dtype = dtype
@@ -56,6 +59,7 @@ class LinearOperator(ABC):
         self.semidefinite = semidefinite
         self.convention = convention
         self.slices = slices or {}
+        self.cost = cost
 
     @abstractmethod
     def _matmat(self, X: Tensor) -> Tensor:
@@ -170,7 +174,8 @@ class LinearOperator(ABC):
 
 class _Dense(LinearOperator):
     def __init__(self, A: Tensor, convention: str, semidefinite: bool) -> None:
-        symmetric = bool(torch.allclose(A, A.T, rtol=8 * torch.finfo(A.dtype).eps * A.shape[0] ** 0.5))
+        rounding = 8 * torch.finfo(A.dtype).eps * A.shape[0] ** 0.5
+        symmetric = bool(((A - A.T).abs() <= rounding * A.abs().max()).all()) if A.numel() else True
         super().__init__(
             A.shape[0],
             dtype=A.dtype,
@@ -203,6 +208,7 @@ class _Sum(LinearOperator):
             semidefinite=left.semidefinite and right.semidefinite and sign > 0,
             convention=f"{left.convention} {'+' if sign > 0 else '-'} {right.convention}",
             slices=left.slices if left.slices == right.slices else {},
+            cost=left.cost + right.cost,
         )
         self.left, self.right, self.sign = left, right, sign
 
@@ -226,6 +232,7 @@ class _Scaled(LinearOperator):
             semidefinite=op.semidefinite and scalar >= 0,
             convention=f"{scalar:g} * {op.convention}",
             slices=op.slices,
+            cost=op.cost,
         )
         self.op, self.scalar = op, scalar
 
@@ -255,6 +262,7 @@ class _Block(LinearOperator):
             semidefinite=op.semidefinite,
             convention=f"block of {op.convention}",
             slices=slices,
+            cost=op.cost,
         )
         self.op, self.index = op, index
 
