@@ -2,11 +2,19 @@
 
 Names here are imported on first use, so that `import towtank` stays light:
 
+    measure, landscape          one call: the curvature of a model, the loss around it
+    Problem                     a model, a loss and data; makes operators:
+    Hessian, GaussNewton, Fisher, NTK, Preconditioned, KFAC, EKFAC, LinearOperator
+    eigsh, spectral_density, trace, diagonal, inverse_diagonal, frobenius_norm, logdet, solve
+                                matrix-free algorithms on any operator
+    adam_preconditioner         the diagonal of an Adam-like optimizer, for Preconditioned
     Study, load_study, sweep    a study and how to run it
     load_records                the records of a folder
     answer, predict             from records to the answer, or to a learning rate at a size
     Task                        what a task function returns
-    Interval, Verdict           what a number is
+    Estimate, Interval, Verdict what a number is
+
+Scaling laws are in `towtank.laws`, optimizers in `towtank.optim`.
 """
 
 from __future__ import annotations
@@ -15,7 +23,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from towtank.estimate import Interval, Verdict
+    from towtank.curvature import (
+        EKFAC,
+        KFAC,
+        NTK,
+        Fisher,
+        GaussNewton,
+        Hessian,
+        Preconditioned,
+        adam_preconditioner,
+        landscape,
+        measure,
+    )
+    from towtank.estimate import Estimate, Interval, Verdict
+    from towtank.linalg import (
+        LinearOperator,
+        diagonal,
+        eigsh,
+        frobenius_norm,
+        inverse_diagonal,
+        logdet,
+        solve,
+        spectral_density,
+        trace,
+    )
+    from towtank.problem import Problem
     from towtank.report.answer import answer, predict
     from towtank.study.config import Study
     from towtank.study.load import load_study
@@ -24,19 +56,52 @@ if TYPE_CHECKING:
     from towtank.train.task import Task
 
 __version__ = "0.1.0"
-__all__ = ["Interval", "Study", "Task", "Verdict", "answer", "load_records", "load_study", "predict", "sweep"]
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "NTK",
+    "Estimate",
+    "Fisher",
+    "GaussNewton",
+    "Hessian",
+    "Interval",
+    "LinearOperator",
+    "Preconditioned",
+    "Problem",
+    "Study",
+    "Task",
+    "Verdict",
+    "adam_preconditioner",
+    "answer",
+    "diagonal",
+    "eigsh",
+    "frobenius_norm",
+    "inverse_diagonal",
+    "landscape",
+    "load_records",
+    "load_study",
+    "logdet",
+    "measure",
+    "predict",
+    "solve",
+    "spectral_density",
+    "sweep",
+    "trace",
+]
 
-_HOME = {
-    "Interval": "estimate",
-    "Verdict": "estimate",
-    "answer": "report.answer",
-    "predict": "report.answer",
-    "Study": "study.config",
-    "load_study": "study.load",
-    "load_records": "study.record",
-    "sweep": "study.run",
-    "Task": "train.task",
+_NAMES = {
+    "curvature": "EKFAC KFAC NTK Fisher GaussNewton Hessian Preconditioned adam_preconditioner landscape measure",
+    "estimate": "Estimate Interval Verdict",
+    "linalg": "LinearOperator diagonal eigsh frobenius_norm inverse_diagonal logdet solve spectral_density trace",
+    "problem": "Problem",
+    "report.answer": "answer predict",
+    "study.config": "Study",
+    "study.load": "load_study",
+    "study.record": "load_records",
+    "study.run": "sweep",
+    "train.task": "Task",
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,9 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on the standard output.")]
+Target = Annotated[
+    str, typer.Argument(help="package.module:function, which makes the model.", metavar="TARGET", show_default=False)
+]
 Folder = Annotated[Path, typer.Argument(help="Folder of a sweep.", metavar="FOLDER", show_default=False)]
 
 
@@ -133,6 +136,104 @@ def report(
     from towtank.cli import answering
 
     return answering.report(folder, json, open_page=open_page)
+
+
+@app.command()
+def laws(json: Json = False) -> None:
+    """List the laws: formula, data needed, source."""
+    from towtank.cli import fitting
+
+    fitting.laws(json)
+
+
+@app.command(no_args_is_help=True)
+def fit(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            help="CSV, JSON lines, Parquet, a folder of a sweep, or what wandb and TensorBoard export.",
+            metavar="TABLE",
+            show_default=False,
+        ),
+    ],
+    law: Annotated[str, typer.Option(help="Name of the law; `towtank laws` lists them.", show_default=False)],
+    y: Annotated[str, typer.Option(help="Column of the measured quantity.", show_default=False)],
+    x: Annotated[list[str] | None, typer.Option(help="Column of a variable: COLUMN=VARIABLE, or COLUMN.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Column of weights.")] = None,
+    groups: Annotated[
+        str | None, typer.Option("--groups", "--curves", help="Column that names the run of a row.")
+    ] = None,
+    step: Annotated[str | None, typer.Option(help="Column of the step, for laws of loss curves [step].")] = None,
+    lr: Annotated[str | None, typer.Option(help="Column of the learning rate, for laws of loss curves [lr].")] = None,
+    censored: Annotated[str | None, typer.Option(help="Column that is true where y is only a lower bound.")] = None,
+    where: Annotated[list[str] | None, typer.Option(help="Keep rows: loss<4.5, N>=1e8, data=c4,rpj.")] = None,
+    drop_nan: Annotated[bool, typer.Option("--drop-nan", help="Leave out rows with missing numbers.")] = False,
+    predict: Annotated[list[str] | None, typer.Option(help="Predict here: N=7e10 D=1.4e12, or a number.")] = None,
+    hold_out: Annotated[str, typer.Option(help="Backtest: largest, a number of runs, or a fraction.")] = "largest",
+    out: Annotated[Path | None, typer.Option(help="File of the page [TABLE.LAW.html].")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
+    json: Json = False,
+) -> int:
+    """Fit a law to a table of runs: coefficients, forecast, backtest, and a page.
+
+    towtank fit table.csv --law chinchilla --x params=N --x tokens=D --y loss --predict N=7e10 D=1.4e12
+    """
+    from towtank.cli import fitting
+    from towtank.cli.asking import Request
+
+    named = {"weights": weights, "groups": groups, "censored": censored}
+    columns = {name: column for name, column in named.items() if column is not None}
+    curves = [f"{column}={name}" for name, column in (("step", step), ("lr", lr)) if column is not None]
+    request = Request(
+        words=words, law=law, x=[*(x or []), *curves], y=y, columns=columns, where=where or [], drop=drop_nan, predict=predict or [],
+        hold_out=hold_out, out=out, seed=seed,
+    )  # fmt: skip
+    return fitting.fit(request, json)
+
+
+@app.command()
+def optimizers(
+    name: Annotated[str | None, typer.Argument(help="Tell all about this one.", metavar="NAME")] = None,
+    json: Json = False,
+) -> int:
+    """List the optimizers: state, extra passes, learning rate, source; with a NAME also its known deviations."""
+    from towtank.cli import listing
+
+    return listing.optimizers(name, json)
+
+
+@app.command()
+def measure(
+    target: Target,
+    top: Annotated[int, typer.Option(min=1, help="Eigenvectors that the gradient is compared with.")] = 10,
+    rtol: Annotated[float, typer.Option(min=1e-6, help="Relative standard error asked of traces.")] = 0.05,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random probes.")] = 0,
+    json: Json = False,
+) -> int:
+    """Loss, gradient, curvature of a model, and the learning rates they allow.
+
+    TARGET returns (model, loss, data), (model, loss, data, optimizer), a towtank.Problem, or a mapping of these by name.
+    """
+    from towtank.cli import measuring
+
+    return measuring.measure(target, top=top, rtol=rtol, seed=seed, json=json)
+
+
+@app.command()
+def landscape(
+    target: Target,
+    kind: Annotated[str, typer.Option(help="Directions: filter, random, eigen.")] = "filter",
+    dims: Annotated[int, typer.Option(min=1, max=2, help="A line or a plane.")] = 1,
+    span: Annotated[float | None, typer.Option(help="How far the slice runs to both sides.")] = None,
+    points: Annotated[int, typer.Option(min=2, max=1000, help="Along each direction.")] = 21,
+    out: Annotated[Path | None, typer.Option(help="HTML file of the figure [landscape.html].")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of random directions.")] = 0,
+    json: Json = False,
+) -> int:
+    """Draw the loss of a model along a line or a plane through its parameters."""
+    from towtank.cli import measuring
+
+    return measuring.landscape(target, kind=kind, dims=dims, span=span, points=points, out=out, seed=seed, json=json)
 
 
 def _open_streams() -> None:
