@@ -113,7 +113,8 @@ class Estimate:
         return self.value
 
     def __str__(self) -> str:
-        cost = f"{self.products:.3g} products" + ("" if self.converged else ", not converged")
+        count = f"{self.products:,.0f}" if self.products >= 100 else f"{self.products:.3g}"
+        cost = f"{count} products" + ("" if self.converged else ", not converged")
         if not self.stderr:
             return f"{self.value:.4g} ({cost})"
         return f"{_to_the_digit_of(self.value, self.stderr)} ± {self.stderr:.2g} ({cost})"
