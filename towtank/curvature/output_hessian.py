@@ -126,25 +126,32 @@ def recognise(loss: Loss, outputs: Tensor, *, curved: bool = True) -> Form:
 
 
 def _as_softmax(loss: Loss, z: Tensor) -> Form | None:
-    """Softmax rows along the last or the second axis, if the gradients at three points say so."""
+    """Softmax rows along the last or the second axis, if the gradients at three points and a difference say so."""
     if z.ndim == 0 or not z.numel():
         return None
+    fit = _fit(loss, z)  # by itself, so that its copies of the outputs are gone before the next are made
+    if fit is None or not fit[0].any():
+        return None
+    weights, axis = fit
+    product = Softmax(outputs=z, weights=weights, axis=axis).apply(_noise(z, seed=2))
+    if not _differences_agree(loss, z, product, weights.abs().amax()):
+        return None
+    return Form(kind="softmax", weights=weights, axis=axis, likelihood="categorical")
+
+
+def _fit(loss: Loss, z: Tensor) -> tuple[Tensor, int] | None:
+    """Weights of softmax rows, and the axis along which they lie, if gradients at three points fit."""
     x = _noise(z, seed=0)
     away, opposite = _slope_anywhere(loss, x), _slope_anywhere(loss, -x)
     if away is None or opposite is None:
         return None
     points = x, z, away, opposite, slope(loss, z)
     for axis in dict.fromkeys((-1, min(1, z.ndim - 1) - z.ndim)):
-        length = z.shape[axis]
-        blocks = zip(*(in_blocks(point, axis, length) for point in points))
+        blocks = zip(*(in_blocks(point, axis, z.shape[axis]) for point in points))
         fitted = [_fitted(*block) for block in blocks]
         found = [s for s in fitted if s is not None]
-        if len(found) < len(fitted):
-            continue
-        weights = torch.cat(found).reshape(z.movedim(axis, -1).shape[:-1])
-        product = Softmax(outputs=z, weights=weights, axis=axis).apply(_noise(z, seed=2))
-        if weights.any() and _differences_agree(loss, z, product, weights.abs().amax()):
-            return Form(kind="softmax", weights=weights, axis=axis, likelihood="categorical")
+        if len(found) == len(fitted):
+            return torch.cat(found).reshape(z.movedim(axis, -1).shape[:-1]), axis
     return None
 
 

@@ -24,8 +24,31 @@ class Backtest:
     size: float
     predicted: Interval
     measured: Interval
-    factor: float  # max(predicted/measured, measured/predicted)
+    factor: float  # max(predicted/measured, measured/predicted), the worst of the rows held out
     hit: bool  # the interval of the prediction contains the measured value
+    points: tuple[HeldOut, ...] = ()  # every row held out, largest first, where rows are fitted one by one
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """A row that was hidden, and what the others said of it."""
+
+    x: dict[str, float]
+    predicted: Interval
+    measured: float
+    row: int  # its number in the table
+
+    @property
+    def hit(self) -> bool:
+        """Whether the interval contains the measured value, but for rounding."""
+        rounding = 1e-9 * abs(self.measured)
+        return self.predicted.low - rounding <= self.measured <= self.predicted.high + rounding
+
+    @property
+    def factor(self) -> float:
+        """Larger of predicted / measured and its inverse."""
+        ratio = abs(self.predicted.value / self.measured) if self.measured else np.inf
+        return max(ratio, 1 / ratio) if ratio else np.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,19 +146,24 @@ class Fit:
         kept = _fit(rest, degrees, self.law, self.level, seed=0)
         return _backtest(kept._at([self.used[-1].size])[0], self.used[-1], self.level)
 
-    def crossing(self, threshold: float) -> Interval | None:
+    def crossing(self, threshold: float, *, falling: bool = False) -> Interval | None:
         """The size at which a growing law reaches a threshold; None if it does not within a factor 1024 of its points.
 
         The upper end is infinite where some draws never reach it.
+
+        Args:
+            threshold: value to be reached.
+            falling: whether the law is asked where it first lies at or below the threshold instead.
         """
+        sign = -1.0 if falling else 1.0
         sizes = np.geomspace(self.used[0].size, self.used[-1].size * 1024, 200)
-        target = np.log2(threshold)
-        value = np.mean([p.at(sizes)[0] for p in self.polynomials], axis=0)
+        target = sign * np.log2(threshold)
+        value = sign * np.mean([p.at(sizes)[0] for p in self.polynomials], axis=0)
         if not (value >= target).any():
             return None
         at = float(sizes[np.argmax(value >= target)])
-        above = self._log2(sizes)[1] >= target
-        first = np.where(above.any(axis=1), sizes[np.argmax(above, axis=1)], np.inf)
+        reached = sign * self._log2(sizes)[1] >= target
+        first = np.where(reached.any(axis=1), sizes[np.argmax(reached, axis=1)], np.inf)
         tail = (1 - self.level) / 2
         low, high = np.quantile(first, [tail, 1 - tail], method="inverted_cdf")
         return Interval(at, float(min(low, at)), float(max(high, at)), self.level)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,10 +18,35 @@ from towtank.laws.table import Floats, Table, column, positive
 
 
 class Law(ABC):
-    """A law of size. A leaf says what is measured at each size, and which polynomials in log2-log2 are pooled."""
+    """Anything that turns a table of runs into a fit.
+
+    Args:
+        name: what the command line calls it.
+        formula: the law, in plain text.
+        variables: each variable and its unit.
+        source: authors, year, equation.
+        needs: the data it needs.
+    """
 
     name: str
+    formula: str
+    variables: Mapping[str, str]
+    source: str
+    needs: str
+
+    @abstractmethod
+    def fit(self, table: Table, *, x: Any, y: str, weights: str | None = None, seed: int = 0) -> Any:
+        """Fit the law to a table of runs; `x` is a column, or a column for each variable."""
+
+
+class SizeLaw(Law):
+    """A law of one size. A leaf says what is measured at each size, and which polynomials in log2-log2 are pooled."""
+
     degrees: tuple[int, ...]
+    formula = "log2 y = a + b log2 x (+ c log2^2 x)"
+    variables = {"size": "width, parameters or any size"}
+    source = "least squares on the points of the sizes"
+    needs = "two sizes, better four, with replicates"
 
     @abstractmethod
     def measure(self, table: Table, x: str, y: str, weights: str | None, seed: int) -> list[Measured]:
@@ -43,7 +69,7 @@ class Law(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PowerLaw(Law):
+class PowerLaw(SizeLaw):
     """A quantity against size: mean of log2 over the replicates of a size, pooled replicate noise.
 
     With degrees (1, 2) a line and a quadratic are pooled, so that their spread is part of the interval: the maximum
@@ -73,7 +99,7 @@ class PowerLaw(Law):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningRateLaw(Law):
+class LearningRateLaw(SizeLaw):
     """Best learning rate against size: log2 lr* = intercept + slope log2 size.
 
     Example:
@@ -96,7 +122,7 @@ class LearningRateLaw(Law):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossLaw(Law):
+class LossLaw(SizeLaw):
     """Best loss over the learning rate against size: line and quadratic in log2-log2."""
 
     lr: str = "lr"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,19 @@ def column(table: Table, name: str) -> Floats:
         array([2.5, nan])
     """
     if name not in table:
-        near = difflib.get_close_matches(name, list(table), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"expected a column {name!r}, got {sorted(table)}{hint}")
+        raise ValueError(f"expected a column {name!r}, got {sorted(table)}{near(name, table)}")
     return np.array([np.nan if v is None else v for v in table[name]], dtype=np.float64)
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known one that was probably meant, or nothing.
+
+    Example:
+        >>> near("los", ["loss", "params"])
+        "; did you mean 'loss'?"
+    """
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def positive(values: Floats, name: str) -> Floats:

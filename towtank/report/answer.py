@@ -95,6 +95,34 @@ class Arm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rival:
+    """One arm of a comparison, at its best learning rate."""
+
+    arm: str
+    lr: float
+    loss: float  # mean over its seeds, nats
+    interval: Interval | None  # of that mean; None with one seed
+    seeds: int
+    edge: bool  # the best rate was the lowest or the highest that was trained
+    difference: Interval | None  # its loss minus that of the best arm, paired by seed; 0 seeds in common: None
+    p: float | None  # of no difference, corrected over all pairs of arms
+    told: bool  # whether the difference is larger than noise
+    step_s: float | None  # median seconds of a training step: its share of an ensemble
+    state_bytes: float | None  # of the optimizer, per parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Arms against one another at one size, the best first."""
+
+    size: float
+    rivals: tuple[Rival, ...]
+    told: tuple[tuple[str, str], ...]  # pairs (better, worse) that differ by more than noise
+    pairs: int  # that were tested
+    without: tuple[str, ...]  # arms of which no learning rate trained with every seed
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRow:
     """One run in the table of every run."""
 
@@ -131,6 +159,7 @@ class Answer:
     time_s: float = 0.0  # sum over runs
     reproduce: tuple[str, ...] = ()  # commands
     warnings: tuple[str, ...] = ()  # damaged records and the like
+    comparison: Comparison | None = None  # which arms differ by more than noise; None with one arm or one seed
 
 
 def answer(
@@ -159,20 +188,22 @@ def answer(
     Raises:
         ValueError: if the target is not positive, or no record has the size axis.
     """
-    from towtank.report import grouping, sentence  # here, because they import the structures above
+    from towtank.report import comparison, grouping, sentence  # here, because they import the structures above
 
     axis = _axis(records, size_axis)
     groups = grouping.split(records, axis)
     if target is None:
         verified = [r for g in groups for r in g.records if r.stage == "verify"]
         target = max((grouping.size_of(r, axis) for r in verified), default=None)
-    arms = tuple(_arm(analysis, target) for analysis in _analyses(records, axis))
+    analyses = _analyses(records, axis)
+    arms = tuple(_arm(analysis, target) for analysis in analyses)
+    compared = comparison.compare(analyses)
     runs = tuple(_row(r, g.name, axis) for g in groups for r in g.records)
     names = sorted({r.study for r in records if r.study})
     return Answer(
         study=study or ", ".join(names),
         question=question,
-        sentence=sentence.write(arms, axis, target),
+        sentence=sentence.write(arms, axis, target, compared),
         verdict=sentence.main_verdict(arms, target),
         size_axis=axis,
         target=target,
@@ -184,6 +215,7 @@ def answer(
         corpus=", ".join(sorted({r.corpus for r in records if r.corpus})),
         time_s=sum(r.time_s for r in records),
         warnings=(*warnings, *_own_warnings(records, len(runs))),
+        comparison=compared,
     )
 
 

@@ -149,14 +149,14 @@ def rate_axis(rates: Iterable[float], *, title: str = "learning rate", pad: floa
     return {"type": "log", "title": {"text": title}, "range": ends, **ticks}
 
 
-def decade_axis(title: str, values: Iterable[float]) -> dict[str, Any]:
-    """A log axis labelled at the decades, with room at both ends."""
+def decade_axis(title: str, values: Iterable[float], *, pad: tuple[float, float] = (0.15, 0.25)) -> dict[str, Any]:
+    """A log axis labelled at the decades, or finer where they are few. `pad`: room at both ends, decades."""
     listed = [math.log10(v) for v in values if v > 0 and math.isfinite(v)] or [0.0]
-    low, high = min(listed) - 0.15, max(listed) + 0.25
+    low, high = min(listed) - pad[0], max(listed) + pad[1]
     powers = range(math.floor(low), math.ceil(high) + 1)
     steps = (1,) if high - low > 1.2 else (1, 2, 5) if high - low > 0.7 else (1, 1.2, 1.5, 2, 3, 5, 7)
     marks = [m * 10.0**p for p in powers for m in steps]
-    ticks = {"tickmode": "array", "tickvals": marks, "ticktext": [text.number(m) for m in marks]}
+    ticks = {"tickmode": "array", "tickvals": marks, "ticktext": [text.decimal(m) for m in marks]}
     return {"type": "log", "title": {"text": title}, "range": (low, high), **ticks}
 
 
@@ -168,6 +168,11 @@ def band(line: Sequence[tuple[float, Interval]], colour: Colour, group: str) -> 
         go.Scatter(x=x, y=[v.low for _, v in line], **edge),
         go.Scatter(x=x, y=[v.high for _, v in line], fill="tonexty", fillcolor=faded(colour, 0.16), **edge),
     ]
+
+
+def rule(colour: Colour, **where: Any) -> dict[str, Any]:
+    """A dashed line across a figure. `where`: its ends, x0 to y1, and what they refer to."""
+    return {"type": "line", "layer": "below", "line": {"color": colour[0], "width": 1.2, "dash": "dash"}} | where
 
 
 def figure(title: str, x: dict[str, Any], y: dict[str, Any], *, height: int = 380) -> go.Figure:

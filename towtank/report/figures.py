@@ -130,7 +130,7 @@ def backtests(answer: Answer) -> Figures:
     labels = [f"{text.plotly_text(what, 40)}<br>{text.plotly_text(arm, 24)}" for arm, what, _ in rows]
     y: dict[str, Any] = {"tickmode": "array", "tickvals": list(range(len(rows))), "ticktext": labels}
     fig = drawing.figure("", x, y | {"range": (len(rows) - 0.5, -0.5)}, height=150 + 46 * len(rows))
-    fig.add_shape(_rule(drawing.INK, x0=1, x1=1, y0=0, y1=1, yref="paper"))
+    fig.add_shape(drawing.rule(drawing.INK, x0=1, x1=1, y0=0, y1=1, yref="paper"))
     for values, word, shift, colour, symbol in (
         (predicted, "predicted", -0.14, drawing.FORECAST, "diamond"),
         (measured, "measured", 0.14, drawing.INK, "star"),
@@ -180,17 +180,15 @@ def _panel(arm: Arm, x: dict[str, Any], y: dict[str, Any], drawn: list[go.Scatte
 
 def _with_limit(fig: go.Figure) -> go.Figure:
     """The rule of thumb at 1e4, drawn and named."""
-    fig.add_shape(_rule(drawing.ALERT, x0=0, x1=1, xref="paper", y0=traces.ATTENTION_LIMIT, y1=traces.ATTENTION_LIMIT))
+    fig.add_shape(
+        drawing.rule(drawing.ALERT, x0=0, x1=1, xref="paper", y0=traces.ATTENTION_LIMIT, y1=traces.ATTENTION_LIMIT)
+    )
     note = {
         "text": "10,000: trouble was seen above",
         "showarrow": False,
         "font": {"size": 11, "color": drawing.ALERT[0]},
     }
     return fig.add_annotation(x=0, xref="paper", xanchor="left", y=4, yanchor="bottom", **note)
-
-
-def _rule(colour: drawing.Colour, **where: Any) -> dict[str, Any]:
-    return {"type": "line", "layer": "below", "line": {"color": colour[0], "width": 1.2, "dash": "dash"}} | where
 
 
 def _scaled(v: Interval, by: float) -> Interval:

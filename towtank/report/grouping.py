@@ -56,15 +56,25 @@ def split(records: Sequence[Record], axis: str) -> tuple[Group, ...]:
     usable = [r for r in records if usable_config(r, axis)]
     values = _values(usable)
     keys = sorted(key for key, seen in values.items() if len(seen) > 1 and key not in ("lr", "seed", axis))
-    arms: dict[tuple[object, ...], list[Record]] = {}
-    for record in usable:
-        arms.setdefault(tuple(_hashable(_settings(record).get(key, _MISSING)) for key in keys), []).append(record)
+    arms = _by(keys, usable)
+    for key in ("beta1", "beta2", "eps"):  # an optimizer's own numbers tell nothing that its name does not
+        rest = [k for k in keys if k != key]
+        if key in keys and "optimizer" in keys and len(fewer := _by(rest, usable)) == len(arms):
+            keys, arms = rest, fewer
     groups = []
     for members in arms.values():
         settings = {key: _settings(members[0]).get(key, _MISSING) for key in keys}
         members.sort(key=lambda r: (size_of(r, axis), rate_of(r), seed_of(r), r.stage, r.id))
         groups.append(Group(_name(settings), settings, tuple(members)))
     return tuple(sorted(groups, key=lambda g: g.name))
+
+
+def _by(keys: Sequence[str], records: Iterable[Record]) -> dict[tuple[object, ...], list[Record]]:
+    """Records by their values of some keys."""
+    found: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        found.setdefault(tuple(_hashable(_settings(record).get(key, _MISSING)) for key in keys), []).append(record)
+    return found
 
 
 def shared(records: Iterable[Record]) -> dict[str, object]:

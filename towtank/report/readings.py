@@ -137,6 +137,16 @@ def backtests(answer: Answer) -> list[str]:
     ]
 
 
+def comparison(answer: Answer) -> str:
+    """How the arms were compared."""
+    if answer.comparison is None:
+        return ""
+    return (
+        f"The arms at {answer.size_axis} {text.size(answer.comparison.size)}, each at its best learning rate: paired by seed, "
+        f"p corrected for all {answer.comparison.pairs} pairs (Holm). Steps are timed as a share of an ensemble."
+    )
+
+
 def held(verified: Verification) -> str:
     """`held`, `did not hold` or `not told`."""
     return {True: "held", False: "did not hold", None: "not told"}[verified.held]

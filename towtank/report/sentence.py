@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from towtank.estimate import Interval, Verdict
 from towtank.laws.optimum import format_rate
-from towtank.report.answer import Arm, SizeResult
+from towtank.report.answer import Arm, Comparison, Rival, SizeResult
+
+MOST_ARMS = 3  # that are told one by one; more are only compared
 
 
 def main_verdict(arms: Sequence[Arm], target: float | None) -> Verdict:
@@ -31,16 +33,45 @@ def main_verdict(arms: Sequence[Arm], target: float | None) -> Verdict:
     return Verdict("weak", said) if doubts else Verdict("ok")
 
 
-def write(arms: Sequence[Arm], axis: str, target: float | None) -> str:
+def write(arms: Sequence[Arm], axis: str, target: float | None, comparison: Comparison | None = None) -> str:
     """The answer in words."""
     if not any(arm.sizes for arm in arms):
         return "Cannot tell: no run has finished or diverged yet."
     if target is None:
-        return _without_target(arms, axis)
+        told = [] if comparison and len(arms) > MOST_ARMS else [_without_target(arms, axis)]
+        return " ".join(told + ([compare(comparison, axis)] if comparison else []))
     uses = "; ".join(f"{_called(arm, arms)}{_use(arm)}" for arm in arms)
     checks = "; ".join(f"{_called(arm, arms)}{_check(arm)}" for arm in arms if arm.verification is not None)
     proof = f"Verified: {checks}." if checks else "Not verified by runs at that size."
     return f"At {axis} {target:g}, {uses}. {proof}"
+
+
+def compare(comparison: Comparison, axis: str) -> str:
+    """Which arm has the lowest loss, which cannot be told from it, and which are worse by more than noise."""
+    best, *others = comparison.rivals
+    same = [r.arm for r in others if not r.told and r.difference is not None]
+    worse = [f"{r.arm} (+{_nats(r)})" for r in others if r.told]
+    parts = [
+        f"At {axis} {comparison.size:g} and its best learning rate, {best.arm} has the lowest loss, {best.loss:.4g} nats",
+        f"not told from it: {', '.join(same)}" if same else "",
+        f"worse by more than noise: {', '.join(worse)}" if worse else "",
+        *(f"{what}: {', '.join(names)}" for what, names in unsettled(comparison)),
+    ]
+    return "; ".join(p for p in parts if p) + "."
+
+
+def unsettled(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """What keeps arms from a fair comparison, and which."""
+    found = [
+        ("best at the edge of the rates, so perhaps better beyond", [r.arm for r in comparison.rivals if r.edge]),
+        ("no two seeds in common with the best", [r.arm for r in comparison.rivals[1:] if r.difference is None]),
+        ("no learning rate that every seed survived", list(comparison.without)),
+    ]
+    return [(what, names) for what, names in found if names]
+
+
+def _nats(rival: Rival) -> str:
+    return f"{rival.difference.value:.2g}" if rival.difference else ""
 
 
 def _arm_verdict(arm: Arm, target: float | None) -> Verdict:

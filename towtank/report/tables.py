@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from towtank.estimate import Verdict
 from towtank.report import readings, text
-from towtank.report.answer import Answer, Arm
+from towtank.report.answer import Answer, Arm, Rival
 
 NAME = 80  # longest name in a cell, characters
 
@@ -36,6 +36,10 @@ class Table:
     def numeric(self, column: int) -> bool:
         """Whether a column holds numbers."""
         return any(row[column].numeric for row in self.rows)
+
+    def first(self, count: int) -> Table:
+        """The same table with its first rows only."""
+        return Table(self.head, self.rows[:count])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +71,16 @@ def verdict(v: Verdict) -> Cell:
 
 
 def cards(answer: Answer) -> list[Card]:
-    """The prediction of every arm, then what it took.
+    """The prediction of every arm, or the best three where arms are only compared; then what it took.
 
     Args:
         answer: what was found out.
     """
-    found = [_prediction_card(answer, arm) for arm in answer.arms[:6]]
+    compared = answer.comparison if answer.target is None else None
+    if compared:
+        found = [_rival_card(rival) for rival in compared.rivals[:3]]
+    else:
+        found = [_prediction_card(answer, arm) for arm in answer.arms[:6]]
     slopes = [_slope_card(answer, arm) for arm in answer.arms[:6] if arm.lr_law and "slope" in arm.lr_law.coefficients]
     counts = ", ".join(f"{n} {text.clean(k, 20)}" for k, n in answer.counts.items())
     runs = Card(
@@ -134,6 +142,22 @@ def sizes(answer: Answer) -> Table:
             numbers = (Cell(text.interval(s.optimum)), Cell(text.interval(s.best_loss, 4)), value(s.sensitivity))
             rows.append((words(arm.name), Cell(text.size(s.size), s.size), count, *numbers, verdict(s.verdict)))
     return Table(_head(head), tuple(rows))
+
+
+def comparison(answer: Answer) -> Table:
+    """The arms against one another, best first; no rows without a comparison."""
+    head = ("arm", "learning rate", "loss (nats)", "above the best", "p", "sensitivity", "step (ms)", "state B", "outcome")
+    rows = []
+    for place, r in enumerate(answer.comparison.rivals if answer.comparison else ()):
+        arm = next(a for a in answer.arms if a.name == r.arm)
+        at = next((s for s in arm.sizes if answer.comparison and s.size == answer.comparison.size), None)
+        word = "lowest" if not place else "worse" if r.told else "not told" if r.difference else "cannot tell"
+        outcome = Cell(word + (", at the edge" if r.edge else ""), None, "ok" if not place else "" if r.told else "weak")
+        above = Cell(text.interval(r.difference, 2) if place else "-", r.difference.value if r.difference else None)
+        loss = Cell(text.interval(r.interval, 4) if r.interval else text.number(r.loss, 4), r.loss)
+        costs = (value(at and at.sensitivity, 2), value(None if r.step_s is None else 1e3 * r.step_s, 2), value(r.state_bytes))
+        rows.append((words(r.arm, 40), value(r.lr), loss, above, value(r.p, 2), *costs, outcome))
+    return Table(head, tuple(rows))
 
 
 def laws(answer: Answer) -> Table:
@@ -199,6 +223,12 @@ def _prediction_card(answer: Answer, arm: Arm) -> Card:
     tone = {True: "ok", False: "refuse", None: "weak"}[v.held]
     foot = f"{measured}{readings.held(v)}{factor}"
     return Card(label=label, value=text.number(p.lr.value), detail=detail, foot=foot, tone=tone)
+
+
+def _rival_card(rival: Rival) -> Card:
+    detail = f"at learning rate {text.number(rival.lr)}, {rival.seeds} seeds"
+    foot = f"above the best: {text.interval(rival.difference, 2)}" if rival.difference else "lowest of all"
+    return Card(label=f"{text.clean(rival.arm, 40)}: loss (nats)", value=text.number(rival.loss, 4), detail=detail, foot=foot)
 
 
 def _slope_card(answer: Answer, arm: Arm) -> Card:

@@ -26,24 +26,29 @@ def show_answer(answer: Answer, console: Console) -> None:
         answer: what was found out.
         console: where to; its width and encoding are respected.
     """
-    _say(console, answer.question or answer.study, limit=300, style="bold")
-    _say(console, f"{answer.verdict.status.upper()}: {answer.sentence}", limit=900, style=STYLES[answer.verdict.status])
+    say(console, answer.question or answer.study, limit=300, style="bold")
+    say(console, f"{answer.verdict.status.upper()}: {answer.sentence}", limit=900, style=STYLES[answer.verdict.status])
     if answer.verdict.reason and answer.verdict.reason not in answer.sentence:
-        _say(console, answer.verdict.reason, limit=600)
+        say(console, answer.verdict.reason, limit=600)
     for warning in answer.warnings:
-        _say(console, f"warning: {warning}", limit=400, style="yellow")
-    for arm in answer.arms:
-        _show(console, arm.name, _sizes(answer, arm))
-    _explain(console, ((f"{arm.name}, {text.size(s.size)}", s.verdict) for arm in answer.arms for s in arm.sizes))
-    _show(console, "Laws of the learning rate", _laws(answer))
-    _explain(console, ((arm.name, arm.lr_law.verdict) for arm in answer.arms if arm.lr_law))
+        say(console, f"warning: {warning}", limit=400, style="yellow")
+    grows = answer.comparison is None or any(len(arm.sizes) > 1 for arm in answer.arms)
+    for arm in answer.arms if grows else ():
+        show_table(console, arm.name, _sizes(answer, arm))
+    explain(console, ((f"{arm.name}, {text.size(s.size)}", s.verdict) for arm in answer.arms for s in arm.sizes))
+    if grows:
+        show_table(console, "Laws of the learning rate", _laws(answer))
+        explain(console, ((arm.name, arm.lr_law.verdict) for arm in answer.arms if arm.lr_law))
+    show_table(console, "The arms compared", _comparison(answer))
+    if answer.comparison:
+        say(console, f"  {readings.comparison(answer)}", limit=400)
     show_predictions([arm.prediction for arm in answer.arms if arm.prediction], console, size_axis=answer.size_axis)
-    _show(console, "Verification", _verifications(answer))
+    show_table(console, "Verification", _verifications(answer))
     for arm in answer.arms:
         if arm.verification and arm.verification.reason:
-            _say(console, f"  {arm.name}: {readings.held(arm.verification)}, {arm.verification.reason}", limit=400)
+            say(console, f"  {arm.name}: {readings.held(arm.verification)}, {arm.verification.reason}", limit=400)
     counts = ", ".join(f"{n} {text.clean(status, 20)}" for status, n in answer.counts.items()) or "none"
-    _say(console, f"Runs: {counts}; {text.duration(answer.time_s)} of training.", blank=True)
+    say(console, f"Runs: {counts}; {text.duration(answer.time_s)} of training.", blank=True)
 
 
 def show_predictions(predictions: Sequence[Prediction], console: Console, *, size_axis: str = "size") -> None:
@@ -61,8 +66,8 @@ def show_predictions(predictions: Sequence[Prediction], console: Console, *, siz
         loss, logit = p.loss and p.loss.value, p.attention_logit_max and p.attention_logit_max.value
         numbers = (Cell(text.interval(p.lr)), _short(loss, 4), _short(logit))
         rows.append((tables.words(p.arm, 40), Cell(text.size(p.size), p.size), *numbers, stable, _status(p.verdict)))
-    _show(console, "Predictions", Table(head, tuple(rows)))
-    _explain(console, ((p.arm, p.verdict) for p in predictions))
+    show_table(console, "Predictions", Table(head, tuple(rows)))
+    explain(console, ((p.arm, p.verdict) for p in predictions))
 
 
 def _sizes(answer: Answer, arm: Arm) -> Table:
@@ -89,6 +94,13 @@ def _law(arm: Arm) -> tuple[Cell, ...]:
     return tables.words(arm.name, 40), Cell(slope), Cell(told), _status(arm.lr_law.verdict)
 
 
+def _comparison(answer: Answer) -> Table:
+    """As on the page, with the least of each number, so that a row fits a line."""
+    whole, drop = tables.comparison(answer), ("p", "sensitivity")
+    kept = [i for i, name in enumerate(whole.head) if name not in drop]
+    return Table(tuple(whole.head[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in whole.rows))
+
+
 def _verifications(answer: Answer) -> Table:
     rows = []
     for arm in answer.arms:
@@ -109,8 +121,16 @@ def _status(v: Verdict) -> Cell:
     return Cell(v.status, None, v.status)
 
 
-def _say(console: Console, said: str, *, limit: int = 400, style: str = "", blank: bool = False) -> None:
-    """Print user text: nothing in it is markup, an escape code, or a character the terminal cannot write."""
+def say(console: Console, said: str, *, limit: int = 400, style: str = "", blank: bool = False) -> None:
+    """Print user text: nothing in it is markup, an escape code, or a character the terminal cannot write.
+
+    Args:
+        console: where to.
+        said: one paragraph; one that begins with two spaces is indented.
+        limit: longest text, characters.
+        style: as rich has it.
+        blank: leave an empty line before it.
+    """
     if blank:
         console.print()
     line = Text(encode(said, console, limit), style=style)
@@ -128,23 +148,34 @@ def encode(said: str, console: Console, limit: int = 400) -> str:
     return text.encodable(text.clean(said, limit), console.encoding)
 
 
-def _explain(console: Console, verdicts: Iterable[tuple[str, Verdict]]) -> None:
-    """The reasons of verdicts that are not plain ok; the same reason is told once."""
+def explain(console: Console, verdicts: Iterable[tuple[str, Verdict]]) -> None:
+    """Print the reasons of verdicts that are not plain ok; the same reason is told once.
+
+    Args:
+        console: where to.
+        verdicts: what each is of, and the verdict.
+    """
     told: dict[str, list[str]] = {}
     for name, verdict in verdicts:
         if verdict.reason and verdict.status != "ok":
             told.setdefault(f"{verdict.status}, {verdict.reason}", []).append(text.clean(name, 40))
     for reason, names in told.items():
-        _say(console, f"  {'; '.join(names)}: {reason}", limit=600)
+        say(console, f"  {'; '.join(names)}: {reason}", limit=600)
 
 
-def _show(console: Console, title: str, table: Table) -> None:
-    """A table if every row fits in a line, else one short list a row."""
+def show_table(console: Console, title: str, table: Table) -> None:
+    """Print a table if every row fits in a line, else one short list a row; nothing if it has no rows.
+
+    Args:
+        console: where to.
+        title: its heading.
+        table: what it holds.
+    """
     if not table.rows:
         return
     columns = zip(table.head, *([cell.shown for cell in row] for row in table.rows), strict=True)
     needed = sum(max(Text(encode(shown, console)).cell_len for shown in column) + 2 for column in columns)
-    _say(console, title, style="bold", blank=True)
+    say(console, title, style="bold", blank=True)
     if needed <= console.width:
         console.print(_grid(console, table))
     else:
@@ -163,10 +194,10 @@ def _grid(console: Console, table: Table) -> rich_table.Table:
 def _list(console: Console, table: Table) -> None:
     named = 1 if table.rows[0][0].numeric else 2 if len(table.head) > 1 and table.rows[0][1].numeric else 1
     for row in table.rows:
-        _say(console, ", ".join(_named(name, cell) for name, cell in zip(table.head, row[:named], strict=False)))
+        say(console, ", ".join(_named(name, cell) for name, cell in zip(table.head, row[:named], strict=False)))
         for name, cell in zip(table.head[named:], row[named:], strict=True):
             if cell.shown != "-":
-                _say(console, f"  {name}: {cell.shown}", style=STYLES[cell.tone])
+                say(console, f"  {name}: {cell.shown}", style=STYLES[cell.tone])
 
 
 def _named(name: str, cell: Cell) -> str:

@@ -6,6 +6,7 @@ import html
 import math
 import re
 import unicodedata
+from collections.abc import Mapping
 
 from towtank.estimate import Interval, Status
 
@@ -103,6 +104,30 @@ def rate_label(lr: float) -> str:
     if math.isfinite(exponent) and abs(exponent - round(exponent)) < 1e-9:
         return "2" + str(round(exponent)).translate(_SUPERSCRIPT)
     return number(lr)
+
+
+def decimal(x: float) -> str:
+    """A round number for an axis: powers of ten as such where writing them out would be long.
+
+    Example:
+        >>> decimal(1e4), decimal(1e8), decimal(2e-7)
+        ('10,000', '10⁸', '2×10⁻⁷')
+    """
+    exponent = math.floor(math.log10(x) + 1e-9)
+    if -5 < exponent < 7:
+        return number(x)
+    times, power = number(x / 10.0**exponent), "10" + str(exponent).translate(_SUPERSCRIPT)
+    return power if times == "1" else f"{times}×{power}"
+
+
+def place(x: Mapping[str, float]) -> str:
+    """A point by its variables.
+
+    Example:
+        >>> place({"N": 7e10, "D": 1.4e12})
+        'N = 7e+10, D = 1.4e+12'
+    """
+    return ", ".join(f"{name} = {number(v)}" for name, v in x.items())
 
 
 def duration(seconds: float) -> str:
