@@ -106,9 +106,10 @@ def test_help_is_fast_and_says_the_exit_codes(tmp_path: Path) -> None:
 def test_version_and_built_in_studies(tmp_path: Path) -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", towtank("--version", cwd=tmp_path)[1])
     code, out, _ = towtank("studies", cwd=tmp_path)
-    assert code == 0 and [line.split()[0] for line in out.splitlines()] == ["attention-logits", "lr-transfer"]
+    names = ["attention-logits", "lr-transfer", "optimizers-digits", "optimizers"]
+    assert code == 0 and [line.split()[0] for line in out.splitlines()] == names
     listed = json.loads(towtank("studies", "--json", cwd=tmp_path)[1])
-    assert listed["schema"] == 1 and set(listed["studies"]) == {"attention-logits", "lr-transfer"}
+    assert listed["schema"] == 1 and set(listed["studies"]) == set(names)
 
 
 @pytest.mark.parametrize(

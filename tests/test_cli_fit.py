@@ -127,6 +127,26 @@ def test_a_forecast_far_beyond_the_data_is_refused(home: Path) -> None:
     assert code == 1 and "refuse" in out and "beyond" in out
 
 
+def test_the_best_rate_of_sweeps_is_forecast_by_the_sizes_alone(home: Path) -> None:
+    rows = [
+        (10.0**d, 2.0**k, 3 + 0.02 * (k + 8 + (d - 9) / 2) ** 2) for d in (9, 9.5, 10, 10.5) for k in range(-13, -5)
+    ]
+    write(home, "sweeps.csv", "D,lr,loss", rows)
+    words = "fit sweeps.csv --law sweep-horizon --x D=D --x lr=lr --y loss --predict D=1e11 --json"
+    code, out, err = towtank(*words.split(), cwd=home)
+    answer = json.loads(out)["answer"]
+    assert code == 0 and answer["unit"] == "sweep" and answer["y"] == "lr" and answer["rows"] == 4, err
+    assert abs(answer["forecasts"][0]["value"]["value"] / 2.0**-9 - 1) < 0.05  # loss, not its logarithm, is a parabola
+
+
+def test_runs_that_are_not_grouped_are_warned_of(home: Path) -> None:
+    rows = [(10.0 ** (k / 4), 2 + 10.0 ** (-k / 8), "ab"[k % 2]) for k in range(12)]
+    write(home, "steps.csv", "step,loss,run", rows)
+    for more, said in (("", True), (" --groups run", False)):
+        _, out, _ = towtank(*f"fit steps.csv --law power --x step --y loss --json{more}".split(), cwd=home)
+        assert any("12 rows of 2 runs" in w for w in json.loads(out)["answer"]["warnings"]) == said
+
+
 def test_rows_are_chosen_and_keep_their_numbers(home: Path) -> None:
     words = f"fit holes.csv {LAW} --where data=c4 --where loss>0 --drop-nan --hold-out 2 --json"
     code, out, err = towtank(*words.split(), cwd=home)

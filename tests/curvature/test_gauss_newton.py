@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -15,7 +16,9 @@ from tests.curvature.cases import BY_NAME, CASES, Case, per_token, tokens
 from tests.curvature.reference import doubled, in_float64
 from tests.state import fingerprint
 from towtank.curvature import output_matrix
+from towtank.curvature.fisher import Fisher
 from towtank.curvature.gauss_newton import GaussNewton
+from towtank.linalg.trace import trace
 from towtank.problem import Problem
 
 
@@ -141,17 +144,39 @@ def test_trace_samples_are_unbiased(name):
 
 
 def test_trace_samples_vary_as_theory_says():
-    """Labels y of one example: |J^T (p - e_y)|^2 has mean tr G and a variance that sums over classes."""
+    """Signs e of one example: |J^T (D^1/2 - p sqrt(p)^T) e|^2, D = diag(p), summed over the eight e there are."""
     model, loss, (x, y) = dense.wide(BY_NAME["linear"])
     problem = Problem(model, loss, (x[:1], y[:1]))
     p, size = model(x[:1]).softmax(-1).detach()[0], x[0].square().sum() + 1  # weights see |x|^2, the bias 1
-    values = size * ((p - torch.eye(3)) ** 2).sum(-1)
-    mean, variance = (p * values).sum(), (p * values**2).sum() - (p * values).sum() ** 2
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)), dtype=p.dtype)
+    values = size * (signs @ (p.sqrt().diag() - torch.outer(p.sqrt(), p))).square().sum(-1)
+    mean, variance = values.mean(), values.var(correction=0)
     samples = GaussNewton(problem).trace_samples(1000, 0)[0]
     torch.testing.assert_close(GaussNewton(problem).dense().trace(), mean)
     assert (samples.mean() - mean).abs() < 4 * (variance / 1000) ** 0.5
-    fourth = (p * (values - mean) ** 4).sum()
+    fourth = (values - mean).pow(4).mean()
     assert (samples.var() - variance).abs() < 4 * ((fourth - variance**2) / 1000) ** 0.5
+
+
+@pytest.mark.parametrize("confidence", [9.2, 12.0, 40.0])  # p = 0.999, 0.99995, 1 - 4e-17
+def test_the_trace_of_a_model_that_is_sure_is_honest(confidence):
+    """Drawn labels would miss rare classes in nearly every draw, and agree on a trace that is far too small."""
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(64, 8, generator=generator), torch.randint(10, (64,), generator=generator)
+    model = nn.Linear(8, 10, bias=False)
+    nn.init.zeros_(model.weight)
+    sure = confidence * F.one_hot(labels, 10)
+    forward = lambda m, batch: m(batch[0]) + sure  # noqa: E731
+    others = 9 * torch.exp(torch.tensor(-confidence, dtype=torch.float64))
+    rare = others / 9 / (1 + others)
+    top = others / (1 + others)  # 1 - p of the sure class
+    terms = top * (1 - top) + 9 * rare * (1 - rare)  # sum of p (1 - p)
+    truth = float(terms * x.double().square().sum(1).mean())
+    fisher = Fisher(Problem(model, F.cross_entropy, (x, labels), forward=forward))
+    found = [trace(fisher, rtol=0.05, generator=seed) for seed in range(25)]
+    within = sum(abs(e.value - truth) <= 2 * e.stderr for e in found)
+    assert all(e.converged for e in found) and within >= 19  # 95 % of 25: fewer with probability 1e-3
+    assert sum(e.products for e in found) < 25 * 20
 
 
 @pytest.mark.parametrize("name", ["tanh", "squared", "conv2d", "batchnorm_train", "tied"])

@@ -130,10 +130,12 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     loss, z = SOFTMAX["shifted"][0], outputs((2, 4, 5))
     closed, u = recognise(loss, z).at(loss, z), outputs((2, 4, 5), seed=9)
     whole, draw = closed.apply(u), closed.root(torch.Generator().manual_seed(0))
+    signs = closed.signs(torch.Generator().manual_seed(0))
     for chunk in (1, 5, 17):
         monkeypatch.setattr(output_matrix, "CHUNK", chunk)
         assert torch.equal(closed.apply(u), whole)
         assert torch.equal(closed.root(torch.Generator().manual_seed(0)), draw)
+        assert torch.equal(closed.signs(torch.Generator().manual_seed(0)), signs)
 
 
 def test_softmax_is_recognised_without_second_derivatives(monkeypatch):
@@ -150,13 +152,13 @@ def test_a_saturated_row_keeps_its_digits():
     assert error(as_matrix(closed, z.float()), dense(loss, z)) <= 30 * 2**-24
 
 
-@pytest.mark.parametrize("name", ["smooth", "maps", "shifted"])
-def test_drawn_labels_have_the_covariance(name):
+@pytest.mark.parametrize("name, how", [("smooth", "root"), ("maps", "root"), ("maps", "signs"), ("shifted", "signs")])
+def test_drawn_labels_and_signs_have_the_covariance(name, how):
     loss, shape = SOFTMAX[name]
     z = outputs(shape) / 4  # no class so rare that 2000 draws are not yet normal
     closed = recognise(loss, z).at(loss, z)
     generator = torch.Generator().manual_seed(0)
-    draws = torch.stack([closed.root(generator).flatten() for _ in range(2000)])
+    draws = torch.stack([getattr(closed, how)(generator).flatten() for _ in range(2000)])
     squares = draws[:, :, None] * draws[:, None, :]
     error = squares.mean(0) - dense(loss, z)
     stderr = squares.std(0) / 2000**0.5

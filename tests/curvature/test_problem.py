@@ -111,6 +111,18 @@ def test_hugging_face_loss():
     assert problem.survey.total == int((batch["labels"][:, 1:] != -100).sum())
 
 
+def test_the_decoder_of_hugging_face_gets_its_inputs_from_the_labels():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = dict(vocab_size=11, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, batch = T5ForConditionalGeneration(T5Config(**sizes)).eval(), padded()
+    problem = Problem(model, F.cross_entropy, batch)
+    assert close(problem.value(), model(**batch).loss)
+    assert problem.survey.total == int((batch["labels"] != -100).sum())
+
+
 def test_several_inputs_and_own_forward():
     x, y = drawn()
     bilinear = nn.Bilinear(5, 5, 3)

@@ -135,15 +135,15 @@ def test_recovers_the_coefficients_that_made_the_curves():
 
 
 def test_intervals_hold_the_truth():
-    """A small part of `bench/laws_schedules.py`: with 8 replicates, 7 intervals each, correlated within a replicate."""
+    """A small part of `bench/laws_schedules.py`: with 4 replicates, 7 intervals each, correlated within a replicate."""
     law, runs, hits = MultiPowerLaw(draws=40), short_runs(), []
     new = short_runs(1, steps=2000)["constant"].then(piece(1e-3, 1e-4, 700, shape="cosine"))
     true = law.value(TRUE, law.features(new, np.array([2699]), np.nan))[0][0]
-    for seed in range(8):
+    for seed in range(4):
         rows = synthetic(law, TRUE, runs, np.random.default_rng(seed), rows=15, each=4e-4, offset=1e-3)
         points = law.prepare(read_curves(rows, schedules=runs))
         fit = law.fit_points(points, start=law.inner(TRUE), judge=False, seed=seed)
         found = fit.predict_curve([2699], new).final
         hits.append([true in found, *(v in fit.coefficients[n] for n, v in TRUE.items())])
-    # of 8 at 95 %: fewer than 5 has probability 4e-4 for each of the 8 numbers
-    assert (np.sum(hits, axis=0) >= 5).all()
+    # of 4 at 95 %: fewer than 2 has probability 5e-4 for each of the 8 numbers
+    assert (np.sum(hits, axis=0) >= 2).all()

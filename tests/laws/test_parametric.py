@@ -191,6 +191,22 @@ def test_few_decades_are_weak():
     assert fit.verdict.status == "weak" and "spans 0.3 decades" in fit.verdict.reason
 
 
+def test_two_kinds_of_rows_in_one_table_are_said():
+    """A robust fit follows two thirds of the rows and would call itself good."""
+    rows = decay()
+    rows["loss"][::3] *= 0.8
+    fit = PowerFloor(draws=20).fit(rows, x="params", y="loss")
+    assert "33% of the rows lie more than 10 times the median residual away" in fit.verdict.reason
+    assert PowerFloor(draws=20).fit(decay(), x="params", y="loss").verdict.status == "ok"
+
+
+def test_rows_without_noise_determine_every_coefficient():
+    """Draws that differ by rounding alone are not confounded."""
+    x = np.geomspace(1, 1e4, 5)
+    fit = PowerFloor().fit({"x": x, "y": 2 + 3 * x**-0.3}, x="x", y="y")
+    assert fit.identifiability().pairs == ()
+
+
 def test_a_known_coefficient_is_held():
     c = np.geomspace(1, 1000, 20)
     law = ComputeSigmoid(fixed={"R0": 0.1}, draws=20)
@@ -208,15 +224,15 @@ def test_columns_of_several_variables_are_asked_for_by_name():
         Chinchilla().fit({}, x={"N": "params"}, y="loss")
 
 
-def test_a_million_rows():
+def test_many_rows():
     rng = np.random.default_rng(0)
-    x = 10 ** rng.uniform(4, 9, 1_000_000)
+    x = 10 ** rng.uniform(4, 9, 100_000)
     rows = {"x": x, "y": 5 * x**-0.1 * np.exp(0.01 * rng.standard_normal(x.size))}
     fit = Power().fit(rows, x="x", y="y")
     told = fit.coefficients["b"]
     assert fit.verdict.status == "ok"
     # the spread of a slope of least absolute deviations: sd sqrt(pi / 2) / (sd of log x sqrt(R))
-    sd = 0.01 * np.sqrt(np.pi / 2) / (np.std(np.log(x)) * 1000)
+    sd = 0.01 * np.sqrt(np.pi / 2) / (np.std(np.log(x)) * np.sqrt(x.size))
     assert (told.high - told.low) / (2 * 1.96) == pytest.approx(sd, rel=0.2)
     assert abs(told.value + 0.1) < 4 * sd
 
@@ -231,13 +247,13 @@ def methods(scale, seed):
 
 
 def test_methods_cross_where_their_laws_do():
-    """Of 10 intervals of 95 % six or fewer hold the truth in one case of 1000."""
+    """Of 6 intervals of 95 % three or fewer hold the truth in one case of 400."""
     truth, covered = 3e4, 0
-    for seed in range(10):
+    for seed in range(6):
         found = crossover(*methods(3 * truth**-0.1, seed))
         assert found.at is not None and found.better_below == 0 and found.share == 1
         covered += truth in found.at
-    assert covered > 6
+    assert covered > 3
 
 
 def test_no_crossover_is_said():

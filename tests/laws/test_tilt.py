@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from towtank.laws.levels import Noise
 from towtank.laws.optimum import find_optimum
@@ -36,7 +37,7 @@ def test_least_squares_written_out() -> None:
 def test_intervals_cover_and_beat_the_free_parabola(true_c: float) -> None:
     rng = np.random.default_rng(1)
     hits, told, error, free = 0, 0, [], []
-    for _ in range(300):
+    for _ in range(100):
         best = rng.uniform(-8.6, -7.4)
         rows = runs(best, true_c, rng, 0.015)
         found = tilt_optimum(*rows, curvature=Curvature(0.02, 0.25), noise=Noise(0.015**2, 20))
@@ -47,8 +48,8 @@ def test_intervals_cover_and_beat_the_free_parabola(true_c: float) -> None:
         error.append(np.log2(found.lr.value) - best)
         other = find_optimum(*rows, noise=Noise(0.015**2, 20))
         free.append(abs(np.log2(other.lr.value) - best) if other.lr else 2.0)
-    assert told > 270
-    assert hits / told > 0.92
+    assert told > 90
+    assert hits >= binom.ppf(1e-3, told, 0.95)  # fewer in one case of 1000
     assert np.median(np.abs(error)) < np.median(free)
 
 

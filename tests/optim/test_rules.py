@@ -14,12 +14,13 @@ from towtank.optim.engine import Surround, Work, advance
 from towtank.optim.members import Members
 
 # learning rates that descend the quadratic below; options some rules need
-LR = {"SGD": 0.05, "SGDP": 0.05, "AdaHessian": 0.1, "SGDSaI": 0.003, "Muon": 0.02, "MFAC": 0.02, "SNTASGD": 0.05}
+LR = {"SGD": 0.05, "SGDP": 0.05, "AdaHessian": 0.1, "SGDSaI": 0.003, "Muon": 0.02, "MFAC": 0.3, "SNTASGD": 0.05}
 OPTIONS: dict[str, dict] = {
     "SophiaG": {"rho": 0.1},
     "SophiaH": {"rho": 0.1},
-    "GaLore": {"rank": 2},
+    "GaLore": {"rank": 2, "scale": 1.0},
     "Fira": {"rank": 2},
+    "MFAC": {"damp": 1.0},
 }
 NAMES = sorted(optim.OPTIMIZERS)
 CONSTRAINED = {

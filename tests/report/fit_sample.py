@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from towtank.estimate import Interval, Verdict
-from towtank.laws.diagnose import Confounded, Selection
+from towtank.laws.diagnose import Selection
+from towtank.laws.fit import Confounded
 from towtank.report.fit_answer import (
     FitAnswer,
     FitPoint,

@@ -62,7 +62,12 @@ def words_of(request: Request, law: Law) -> tuple[Path, list[dict[str, float]]]:
     if len(tables) != 1:
         hint = "; give every column its own --x" if any("=" in word for word in tables) else ""
         raise ConfigError("TABLE", f"one file or folder{hint}", value=tables)
-    return Path(tables[0]), _points(values, list(law.variables))
+    return Path(tables[0]), _points(values, _forecast_by(law))
+
+
+def _forecast_by(law: Law) -> list[str]:
+    """Variables of a forecast: a law that first finds the best of every sweep is one of the sizes alone."""
+    return list(getattr(law, "form", law).variables)
 
 
 def _points(words: Sequence[str], names: list[str]) -> list[dict[str, float]]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from towtank.laws.schedules import Schedule
     from towtank.report.fit_answer import FitAnswer
 
+RUN = "run"  # what exports of runs call the column that names them
 CURVE = {"step", "lr"}  # variables of the laws of loss curves
 
 
@@ -98,6 +99,7 @@ def _answer(
     from towtank.report.fitted import answer_fit
 
     dropped = [f"{kept.dropped} rows with missing or infinite numbers left out"] if kept.dropped else []
+    dropped += _runs(kept.table, law, request.columns)
     asked = Asked(
         law=law, table=source.name, columns=kept.x, y=request.y, predict=points, hold_out=hold_out_of(request.hold_out),
         rows=kept.rows, warnings=[*problems, *dropped], reproduce=shlex.join(["towtank", *sys.argv[1:]]), stage=stage,
@@ -155,6 +157,18 @@ def _taken(law: Law, columns: Mapping[str, str]) -> dict[str, str]:
         if name not in known:
             raise ConfigError(f"--{name}", f"a law that takes it, which {law.name} does not", value=column)
     return dict(columns)
+
+
+def _runs(table: Mapping[str, Any], law: Law, columns: Mapping[str, str]) -> list[str]:
+    """Rows of one run are not independent: said where a column names the runs and nobody said to group by it."""
+    if RUN not in table or "groups" in columns or "groups" not in inspect.signature(law.fit).parameters:
+        return []
+    rows, runs = len(table[RUN]), len({str(v) for v in table[RUN]})
+    if runs == rows:
+        return []
+    return [
+        f"{rows:,} rows of {runs:,} runs taken as independent, so the intervals are too narrow; give --groups {RUN}"
+    ]
 
 
 def _exit_code(answer: FitAnswer, problems: Sequence[str]) -> int:

@@ -83,7 +83,10 @@ def _show_one(f: dict[str, Any]) -> None:
     out = console()
     say(out, f"{f['name']}: {f['summary']}", style="bold")
     say(out, f"  source: {f['source']}")
-    say(out, f"  state: {f['state_bytes']:g} bytes per float32 parameter of a matrix; extra passes a step: {f['extra_passes']:g}")
+    say(
+        out,
+        f"  state: {f['state_bytes']:g} bytes per float32 parameter of a matrix; extra passes a step: {f['extra_passes']:g}",
+    )
     say(out, f"  learning rate: {_range(f)} times AdamW's")
     say(out, f"  defaults: {', '.join(f'{k} {v:g}' for k, v in f['defaults'].items())}")
     say(out, f"  weight decay: {f['weight_decay']:g}, {f['decay']}")

@@ -64,7 +64,7 @@ def _alone(module: nn.Module, inputs: tuple[Any, Any]) -> tuple[list[Tensor], Sc
 
     def scalar(dtype: torch.dtype | None) -> Scalar:
         def of(leaves: Sequence[Tensor]) -> Tensor:
-            tensors = {n: measured(b, dtype) for n, b in module.named_buffers()} | dict(zip(names, leaves))
+            tensors = {n: measured(b.clone(), dtype) for n, b in module.named_buffers()} | dict(zip(names, leaves))
             args = list(flat)
             for i, x in zip(places, leaves[len(names) :]):
                 args[i] = x

@@ -149,11 +149,11 @@ class Fisher(LinearOperator):
         return Fisher(self.problem.restrict(index), self.kind, **self._options)
 
     def trace_samples(self, count: int, generator: torch.Generator | int | None) -> tuple[Tensor, float] | None:
-        """Samples of the trace, one backward pass each: labels drawn from the model, or random signs of the fixed ones.
+        """Samples of the trace from random signs on a square root of B, one backward pass each.
 
         Args:
             count: number of samples.
-            generator: of the draws.
+            generator: of the signs.
         """
         return self._sandwich.trace_samples(count, generator)
 

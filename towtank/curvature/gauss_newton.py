@@ -110,7 +110,7 @@ class Sandwich:
             rooted = matrix.semidefinite
             for i in range(count):
                 if rooted:
-                    half = jacobian.transposed(matrix.root(source))
+                    half = jacobian.transposed(matrix.signs(source))
                     samples[i] += jacobian.batch.weight * dot(half, half)
                 else:
                     samples[i] += jacobian.batch.weight * self._form(jacobian, matrix, source)
@@ -232,11 +232,11 @@ class GaussNewton(LinearOperator):
         return GaussNewton(self.problem.restrict(index), **self._options)
 
     def trace_samples(self, count: int, generator: torch.Generator | int | None) -> tuple[Tensor, float] | None:
-        """Samples of the trace from labels drawn from the model, one backward pass each.
+        """Samples of the trace from random signs on a square root of the loss' curvature, one backward pass each.
 
         Args:
             count: number of samples.
-            generator: of the labels.
+            generator: of the signs.
         """
         return self._sandwich.trace_samples(count, generator)
 

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from towtank.linalg.draws import rademacher
+
 Likelihood = Literal["categorical", "gaussian", "bernoulli", "poisson"]
 CHUNK = 2**22  # elements: products over larger outputs go through blocks of rows of this size
 
@@ -38,6 +40,14 @@ class OutputMatrix(ABC):
             TypeError: if no square root of the matrix is known.
         """
         raise TypeError(f"expected a semidefinite matrix with a known square root, got {type(self).__name__}")
+
+    def signs(self, generator: torch.Generator) -> Tensor:
+        """Another `root`, of random signs, for traces: its length hardly varies, even where labels are nearly certain.
+
+        Raises:
+            TypeError: if no square root of the matrix is known.
+        """
+        return self.root(generator)
 
     def rank(self) -> int:
         """Number of `columns`.
@@ -96,6 +106,15 @@ class Softmax(OutputMatrix):
         return self._by_rows(
             lambda z, s, draw: _label_gradient(z, draw) * s.sqrt(), draws.to(self.outputs.device).unsqueeze(self.axis)
         )
+
+    def signs(self, generator: torch.Generator) -> Tensor:
+        """sqrt(s) (diag(p)^1/2 - p sqrt(p)^T) e for random signs e.
+
+        Drawn labels miss rare classes: at p = 0.9999 most draws see next to nothing of the trace, and agree on it.
+        """
+        z = self.outputs
+        e = rademacher(z.numel(), 1, generator, like=z.dtype, device=z.device).reshape(z.shape)
+        return self._by_rows(lambda z, s, e: _signed_root(z, e) * s.sqrt(), e)
 
     def rank(self) -> int:
         """C for each row that counts."""
@@ -169,15 +188,26 @@ def _covariance(z: Tensor, u: Tensor) -> Tensor:
     return p * (u - (p * u).sum(-1, keepdim=True))
 
 
+def _signed_root(z: Tensor, e: Tensor) -> Tensor:
+    """(diag(p)^1/2 - p sqrt(p)^T) e of each row."""
+    p = z.softmax(-1)
+    signed = p.sqrt() * e
+    return _balanced(z, signed - p * signed.sum(-1, keepdim=True))
+
+
 def _label_gradient(z: Tensor, draw: Tensor) -> Tensor:
     """The difference p - e_y of each row, y drawn from p where draw (rows, 1) is uniform."""
     p = z.softmax(-1)
     cumulative = p.double().cumsum(-1)
     label = torch.searchsorted(cumulative, draw * cumulative[:, -1:]).clamp(max=z.shape[-1] - 1)
     difference = p.scatter_add(-1, label, -torch.ones_like(p[:, :1]))
+    return _balanced(z, difference)
+
+
+def _balanced(z: Tensor, u: Tensor) -> Tensor:
+    """Rows u that sum to zero with the largest class' entry made of the others, which keeps its digits where p is near 1."""
     top = z.argmax(-1, keepdim=True)
-    rest = -difference.scatter(-1, top, 0.0).sum(-1, keepdim=True)  # 1 - p with its digits, where p is close to 1
-    return difference.scatter(-1, top, rest)
+    return u.scatter(-1, top, -u.scatter(-1, top, 0.0).sum(-1, keepdim=True))
 
 
 def in_blocks(x: Tensor, axis: int, length: int) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ from towtank.laws.allocation import allocate
 from towtank.laws.annealing import AnnealingLaw
 from towtank.laws.batch import BatchRateLaw, CriticalBatchLaw
 from towtank.laws.crossover import crossover
-from towtank.laws.fit import Backtest, Fit, fit_points
+from towtank.laws.fit import Backtest, Fit
 from towtank.laws.law import Law, LearningRateLaw, LossLaw, PowerLaw
 from towtank.laws.loglog import Measured
 from towtank.laws.loss import Chinchilla, OverTraining, Power, PowerFloor, Saturating
@@ -15,12 +15,15 @@ from towtank.laws.parametric import Parameter, ParametricLaw
 from towtank.laws.product import AllocationLaw, BatchLaw, HorizonLaw, RateLaw
 from towtank.laws.reward import AnnealedSize, ComputeSigmoid, PrunedData
 from towtank.laws.sensitivity import lr_sensitivity
+from towtank.laws.size_fit import SizeFit, fit_points
 from towtank.laws.stability import AttentionLogitLaw, GradientRMSLaw
 from towtank.laws.tuning import SweepLaw
 
 LAWS: tuple[Law, ...] = (
     Power(), PowerFloor(), Saturating(), Chinchilla(), OverTraining(), PrunedData(), ComputeSigmoid(),
-    AnnealingLaw(), AnnealedSize(), MultiPowerLaw(), RateLaw(), BatchLaw(), SweepLaw(), AllocationLaw(), HorizonLaw(),
+    AnnealingLaw(), AnnealedSize(), MultiPowerLaw(), RateLaw(), BatchLaw(), SweepLaw(),
+    SweepLaw(name="sweep-batch", of="batch"),
+    SweepLaw(name="sweep-horizon", tuned=("lr",), sizes=("D",), form=HorizonLaw()), AllocationLaw(), HorizonLaw(),
     BatchRateLaw(), CriticalBatchLaw(), NoiseScaleLaw(), AttentionLogitLaw(), GradientRMSLaw(),
 )  # fmt: skip
 
@@ -55,6 +58,7 @@ __all__ = [
     "PrunedData",
     "RateLaw",
     "Saturating",
+    "SizeFit",
     "SweepLaw",
     "allocate",
     "crossover",

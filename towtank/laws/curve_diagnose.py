@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from towtank.estimate import Interval
-from towtank.laws.diagnose import CONFOUNDED, Confounded, Identifiability
+from towtank.laws.diagnose import CONFOUNDED
+from towtank.laws.fit import Confounded, Identifiability
 from towtank.laws.profile import Profile
 from towtank.laws.solve import solve
 from towtank.laws.table import Floats, near

@@ -17,7 +17,7 @@ from towtank.laws import curve_diagnose
 from towtank.laws.curve_data import Curve, Rates, check_steps
 from towtank.laws.curve_groups import Groups, split
 from towtank.laws.curve_guard import Envelope, judge_schedule
-from towtank.laws.diagnose import Identifiability
+from towtank.laws.fit import Identifiability
 from towtank.laws.profile import Profile
 from towtank.laws.schedules import Schedule, as_schedule
 from towtank.laws.table import Floats, Ints
@@ -167,7 +167,7 @@ class CurveFit:
         ]
         return {n: Interval(v, float(ends[0][n]), float(ends[1][n]), self.level) for n, v in self.values.items()}
 
-    @cached_property
+    @property
     def residuals(self) -> Floats:
         """Logarithm of measured over law at each row, shape (R,)."""
         return self.form.model(self.points)(self.inner[None])[0][0]
@@ -208,6 +208,17 @@ class CurveFit:
             raise ValueError(f"expected a row of whole steps, got {at.dtype} of shape {at.shape}")
         loss, low, high = self.forecast([schedule], at, size, scatter)
         return PredictedCurve(steps=at, loss=loss, low=low, high=high, level=self.level, verdict=verdict)
+
+    def predict(self, lr_of_every_step: Rates, *, size: float = np.nan, scatter: bool = False) -> Interval:
+        """The last loss of a run under any schedule; see `predict_curve`.
+
+        Args:
+            lr_of_every_step: rate of every step from step 0 on, or a `Schedule`.
+            size: parameters of the model, for a law that asks for them.
+            scatter: whether the interval is for one new run.
+        """
+        schedule = as_schedule(lr_of_every_step)
+        return self.predict_curve([len(schedule) - 1], schedule, size=size, scatter=scatter).final
 
     def compare(self, first: Rates, second: Rates, *, size: float = np.nan) -> Ranking:
         """Which of two schedules ends with the lower loss, if that can be told.

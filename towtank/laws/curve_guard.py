@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from towtank.estimate import Verdict
-from towtank.laws.fit import EXTRAPOLATE_REFUSE, EXTRAPOLATE_WEAK
 from towtank.laws.schedules import Schedule
+from towtank.laws.size_fit import EXTRAPOLATE_REFUSE, EXTRAPOLATE_WEAK
 
 HIGHER = 1.01  # peak over the fitted peaks above which a schedule is refused
 LOWER = 2.0  # fitted peaks over the peak above which it is weak

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import bdtrik, ndtr, ndtri
+from scipy.special import ndtr, ndtri
 
 from towtank.estimate import Interval
-from towtank.laws.fit import Backtest, HeldOut
+from towtank.laws.fit import (
+    Backtest,
+    Confounded,
+    HeldOut,
+    Identifiability,
+    Moved,
+    allowed_misses,
+    hidden_count,
+)
 from towtank.laws.rows import Rows
 from towtank.laws.solve import solve
 from towtank.laws.table import Floats
@@ -19,43 +28,9 @@ if TYPE_CHECKING:
 
 CONFOUNDED = 0.95  # correlation of two coefficients above which the data hardly separate them
 DECADES = 0.5  # decades of a variable below which a law of it is weak
+FAR, STRAY, ENOUGH = 10.0, 0.1, 20  # median residuals away, the share of rows that may be, rows to tell it by
+ROUNDING = 1e-12  # relative spread of draws that is nothing but rounding
 CUTS = (0.02, 0.1, 0.25)  # shares of the rows left out at either end
-
-
-@dataclass(frozen=True)
-class Identifiability:
-    """Pairs of coefficients that the data do not separate, what they determine instead, and coefficients at a bound."""
-
-    pairs: tuple[Confounded, ...]
-    at_bound: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Confounded:
-    """Two coefficients whose errors go together, and the combination of them that is determined."""
-
-    first: str
-    second: str
-    correlation: float
-    combination: str
-    value: Interval
-
-
-@dataclass(frozen=True)
-class Moved:
-    """The few rows without which one coefficient moves most.
-
-    Args:
-        rows: their numbers in the table.
-        value: the coefficient with all rows.
-        coefficients: all coefficients refitted without these rows.
-        factor: how far this one moves: the larger of the ratio of both values and its inverse.
-    """
-
-    rows: tuple[int, ...]
-    value: float
-    coefficients: dict[str, float]
-    factor: float
 
 
 @dataclass(frozen=True)
@@ -83,6 +58,12 @@ def doubts(fit: FormulaFit) -> list[str]:
         said.append(f"{spare + fit.form.free} rows for {fit.form.free} coefficients leave {spare} to tell the error by")
     if fit.rows.grouped and fit.rows.groups <= fit.form.free:
         said.append(f"{fit.rows.groups} groups for {fit.form.free} coefficients: the intervals are rough")
+    off = np.abs(fit.residuals[~fit.rows.censored])
+    far = float(np.mean(off > FAR * max(float(np.median(off)), ROUNDING))) if off.size >= ENOUGH else 0.0
+    if far > STRAY:
+        said.append(
+            f"{far:.0%} of the rows lie more than {FAR:g} times the median residual away: are they of one kind?"
+        )
     test = backtest(fit, "largest")
     if test is not None and not test.hit:
         said.append(f"hiding the largest run and predicting it missed by a factor {test.factor:.3g}")
@@ -108,36 +89,25 @@ def backtest(fit: FormulaFit, hold_out: str | int | float) -> Backtest | None:
         )
         for i, (r, p) in enumerate(zip(at, rest.forecast(x, scatter=True), strict=True))
     )
-    allowed = int(bdtrik(fit.level, len(points), 1 - fit.level))
     last = points[0]
     return Backtest(
         size=float(size[at[0]]),
         predicted=last.predicted,
         measured=Interval(last.measured, last.measured, last.measured, fit.level),
         factor=max(p.factor for p in points),
-        hit=sum(not p.hit for p in points) <= allowed,
+        hit=sum(not p.hit for p in points) <= allowed_misses(len(points), fit.level),
         points=points,
     )
 
 
 def _hidden(rows: Rows, size: Floats, hold_out: str | int | float) -> Any:
-    """Largest runs first; a group goes whole.
-
-    Raises:
-        ValueError: if `hold_out` is neither "largest" nor a fitting number or fraction of runs.
-    """
+    """Largest runs first; a group goes whole."""
     whole = np.zeros(rows.groups)
     np.maximum.at(whole, rows.group, size)
     order = np.argsort(-whole, kind="stable")
     if hold_out == "largest":
         return whole[rows.group] >= whole[order[0]]
-    if isinstance(hold_out, bool) or not isinstance(hold_out, (int, float)):
-        raise ValueError(f"hold_out = {hold_out!r}: expected 'largest', a number of runs or a fraction of them")
-    count = hold_out if isinstance(hold_out, int) else int(np.ceil(hold_out * rows.groups))
-    if not 0 < count < rows.groups:
-        raise ValueError(
-            f"hold_out = {hold_out!r}: expected 1 to {rows.groups - 1} runs, or a fraction between 0 and 1"
-        )
+    count = hidden_count(hold_out, rows.groups, "runs")
     return np.isin(rows.group, order[:count])
 
 
@@ -145,23 +115,45 @@ def identifiability(fit: FormulaFit) -> Identifiability:
     """See `FormulaFit.identifiability`."""
     if not fit.draws.size:
         return Identifiability((), ())
-    names = [f"log {p.name}" if p.log else p.name for p in fit.form.parameters]
-    sd = fit.draws.std(axis=0)
-    moving = np.flatnonzero(sd > 0)
+    names = [p.name for p in fit.form.parameters]
+    labels = [f"log {p.name}" if p.log else p.name for p in fit.form.parameters]
+    pairs = confounded(names, labels, fit.inner, fit.draws, fit.level)
+    return Identifiability(pairs, tuple(_at_bound(fit, fit.inner)))
+
+
+def confounded(
+    names: Sequence[str], labels: Sequence[str], values_P: Floats, draws_BP: Floats, level: float
+) -> tuple[Confounded, ...]:
+    """Pairs of coefficients whose draws go together, each with the combination whose draws spread least.
+
+    Args:
+        names: of the coefficients.
+        labels: what they are called in a combination.
+        values_P: their values, (P,).
+        draws_BP: draws of them, (B, P).
+        level: coverage of the intervals.
+
+    Example:
+        >>> a = np.linspace(-1, 1, 101)
+        >>> pair, = confounded(["a", "b"], ["a", "b"], np.zeros(2), np.stack([a, 2 * a], axis=1), 0.95)
+        >>> pair.combination, round(pair.correlation, 6), abs(pair.value.high) < 1e-9
+        ('a - 0.5 b', 1.0, True)
+    """
+    sd = draws_BP.std(axis=0)
+    moving = [int(i) for i in np.flatnonzero(sd > ROUNDING * (1 + np.abs(values_P)))]
     pairs = []
     for n, i in enumerate(moving):
         for j in moving[n + 1 :]:
-            rho = float(np.corrcoef(fit.draws[:, i], fit.draws[:, j])[0, 1])
+            rho = float(np.corrcoef(draws_BP[:, i], draws_BP[:, j])[0, 1])
             if abs(rho) < CONFOUNDED:
                 continue
             slope = float(np.sign(rho) * sd[i] / sd[j])
-            sign = "-" if slope > 0 else "+"
-            draws = fit.draws[:, i] - slope * fit.draws[:, j]
-            value = fit.inner[i] - slope * fit.inner[j]
-            text = f"{names[i]} {sign} {abs(slope):.4g} {names[j]}"
-            first, second = fit.form.parameters[i].name, fit.form.parameters[j].name
-            pairs.append(Confounded(first, second, rho, text, percentiles(float(value), draws, fit.level)))
-    return Identifiability(tuple(pairs), tuple(_at_bound(fit, fit.inner)))
+            text = f"{labels[i]} {'-' if slope > 0 else '+'} {abs(slope):.4g} {labels[j]}"
+            value = percentiles(
+                float(values_P[i] - slope * values_P[j]), draws_BP[:, i] - slope * draws_BP[:, j], level
+            )
+            pairs.append(Confounded(names[i], names[j], rho, text, value))
+    return tuple(pairs)
 
 
 def influence(fit: FormulaFit, most: int) -> dict[str, Moved]:
@@ -179,7 +171,7 @@ def influence(fit: FormulaFit, most: int) -> dict[str, Moved]:
         at = max((2 * j, 2 * j + 1), key=lambda k: abs(found[k, j] - fit.inner[j]))
         without = {n: float(v) for n, v in fit.form.coefficients(found[at]).items()}
         left = tuple(int(r) for r in rows.number[np.isin(rows.group, sets[at])])
-        moved[name] = Moved(left, fit.values[name], without, _ratio(without[name], fit.values[name]))
+        moved[name] = Moved(left, fit.values[name], without, ratio(without[name], fit.values[name]))
     return moved
 
 
@@ -256,7 +248,13 @@ def _at_bound(fit: FormulaFit, inner: Floats) -> list[str]:
     ]  # fmt: skip
 
 
-def _ratio(a: float, b: float) -> float:
+def ratio(a: float, b: float) -> float:
+    """The larger of a / b and its inverse; infinite where the sign changes.
+
+    Example:
+        >>> ratio(2.0, 8.0), ratio(-1.0, 1.0)
+        (4.0, inf)
+    """
     if a * b <= 0:
         return np.inf if a != b else 1.0
     return max(a / b, b / a)

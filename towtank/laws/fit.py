@@ -1,25 +1,93 @@
-"""A fitted law: what it says of a size, how sure, and how it would have done on the largest size there is."""
+"""What every fitted law can be asked, whatever it was fitted to, and the answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from scipy.special import bdtrik
 
 from towtank.estimate import Interval, Verdict
-from towtank.laws.loglog import Measured, Polynomial, fit_polynomial, intervals
 from towtank.laws.table import Floats
 
-EXTRAPOLATE_WEAK, EXTRAPOLATE_REFUSE = 4.0, 16.0  # ratio to the nearest fitted size
-BIRGE_WEAK = 2.0
-WIDE_INTERVAL = 4.0  # high / low
-NAMES = ("intercept", "slope", "curvature")
+
+@runtime_checkable
+class Fit(Protocol):
+    """A fitted law: of a size (`SizeFit`), of a formula (`FormulaFit`), of loss curves (`CurveFit`).
+
+    A point is given as the law has it: a number, the variables by name, or the learning rate of every step.
+    """
+
+    @property
+    def law(self) -> str:
+        """Name of the law."""
+        ...
+
+    @property
+    def verdict(self) -> Verdict:
+        """How far to trust it within its data."""
+        ...
+
+    @property
+    def level(self) -> float:
+        """Coverage of the intervals."""
+        ...
+
+    @property
+    def coefficients(self) -> Mapping[str, Interval]:
+        """Coefficients with their intervals; empty if the fit is refused."""
+        ...
+
+    @property
+    def residuals(self) -> Sequence[float] | Floats:
+        """What the law leaves unexplained, one number a row or point."""
+        ...
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is odd about the data."""
+        ...
+
+    def predict(self, *point: Any, **variables: Any) -> Interval:
+        """What the law says at a point."""
+        ...
+
+    def judge(self, *point: Any, **variables: Any) -> Verdict:
+        """How far to trust that: the verdict, and what the extrapolation adds."""
+        ...
+
+    def backtest(self, hold_out: str = "largest") -> Backtested | None:
+        """Hide the largest, fit the others, predict it; None if the others are too few."""
+        ...
+
+    def identifiability(self) -> Identifiability:
+        """Which coefficients the data cannot separate, and the combination that is determined."""
+        ...
+
+    def influence(self) -> Collection[Any]:
+        """How far the coefficients move without what moves them most."""
+        ...
+
+
+class Backtested(Protocol):
+    """The least that a backtest tells."""
+
+    @property
+    def predicted(self) -> Interval:
+        """What the others said of the largest that was hidden."""
+        ...
+
+    @property
+    def hit(self) -> bool:
+        """Whether no more than chance was missed."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backtest:
-    """The largest size was hidden and predicted from the others."""
+    """The largest sizes or rows were hidden and predicted from the others; the fields tell of the largest."""
 
     size: float
     predicted: Interval
@@ -51,211 +119,65 @@ class HeldOut:
         return max(ratio, 1 / ratio) if ratio else np.inf
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fit:
-    """A law of size fitted to points, in log2-log2 coordinates.
+@dataclass(frozen=True)
+class Identifiability:
+    """Pairs of coefficients that the data do not separate, what they determine instead, and coefficients at a bound."""
+
+    pairs: tuple[Confounded, ...]
+    at_bound: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Confounded:
+    """Two coefficients whose errors go together, and the combination of them that is determined."""
+
+    first: str
+    second: str
+    correlation: float
+    combination: str
+    value: Interval
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The few rows without which one coefficient moves most.
 
     Args:
-        law: what the law is of.
-        measured: the points, refused ones included.
-        verdict: how far to trust it inside the range of its points; `judge` adds the extrapolation.
-        coefficients: `slope` in octaves per doubling of the size (of the line), `intercept` = log2 at size 1, and with
-            a quadratic its `curvature`.
-        residuals: log2 of measured over law at each fitted point, octaves.
-        level: coverage of the intervals.
+        rows: their numbers in the table.
+        value: the coefficient with all rows.
+        coefficients: all coefficients refitted without these rows.
+        factor: how far this one moves: the larger of the ratio of both values and its inverse.
+    """
+
+    rows: tuple[int, ...]
+    value: float
+    coefficients: dict[str, float]
+    factor: float
+
+
+def hidden_count(hold_out: str | int | float, total: int, what: str) -> int:
+    """How many of `total` a backtest hides.
+
+    Raises:
+        ValueError: if `hold_out` is neither a number nor a fraction of them that leaves any.
 
     Example:
-        >>> points = [Measured(size=w, value=3.0 / w) for w in (32, 64, 128, 256)]
-        >>> fit = fit_points(points, law="learning rate")
-        >>> round(fit.predict(512).value * 512, 6), fit.backtest().hit
-        (3.0, True)
+        >>> hidden_count(3, 10, "runs"), hidden_count(0.25, 10, "runs")
+        (3, 3)
     """
-
-    law: str
-    measured: tuple[Measured, ...]
-    verdict: Verdict
-    coefficients: dict[str, Interval] = field(default_factory=dict)
-    residuals: tuple[float, ...] = ()
-    level: float = 0.95
-    polynomials: tuple[Polynomial, ...] = field(default=(), repr=False, compare=False)
-
-    @property
-    def used(self) -> tuple[Measured, ...]:
-        """The points that were fitted, by size."""
-        return tuple(p for p in self.measured if p.verdict.status != "refuse")
-
-    def predict(self, size: float) -> Interval:
-        """The quantity at a size: pooled over the polynomials, with the scatter of a new point.
-
-        Raises:
-            ValueError: if the law is refused, or refuses this size (see `judge`).
-        """
-        reason = self.refuses(size)
-        if reason:
-            raise ValueError(f"no prediction of the {self.law}: {reason}")
-        return self._at([size])[0]
-
-    def predict_many(self, sizes: Sequence[float]) -> tuple[tuple[float, Interval], ...]:
-        """(size, prediction) at each size, those that the law refuses left out."""
-        told = [s for s in sizes if not self.refuses(s)]
-        return tuple(zip(told, self._at(told), strict=True)) if told else ()
-
-    def refuses(self, size: float) -> str:
-        """Why there is no prediction at a size; empty if there is one.
-
-        Raises:
-            ValueError: if the size is not positive.
-        """
-        if not (np.isfinite(size) and size > 0):
-            raise ValueError(f"expected a positive size, got {size}")
-        if self.verdict.status == "refuse":
-            return self.verdict.reason
-        ratio = self._beyond(size)
-        if ratio <= EXTRAPOLATE_REFUSE:
-            return ""
-        low, high = self.used[0].size, self.used[-1].size
-        return (
-            f"{size:g} is {ratio:.3g} times beyond the fitted sizes {low:g} to {high:g}; "
-            f"measure a size within a factor {EXTRAPOLATE_REFUSE:g} of it"
-        )
-
-    def judge(self, size: float) -> Verdict:
-        """How far to trust a prediction at a size: weak beyond 4 times, refused beyond 16 times the fitted sizes."""
-        reason = self.refuses(size)
-        if reason:
-            return Verdict("refuse", reason)
-        verdict, ratio, there = self.verdict, self._beyond(size), self._at([size])[0]
-        if ratio > EXTRAPOLATE_WEAK:
-            verdict = verdict.worse(Verdict("weak", f"{size:g} is {ratio:.3g} times beyond the fitted sizes"))
-        if there.high > WIDE_INTERVAL * there.low:
-            verdict = verdict.worse(Verdict("weak", f"the interval spans a factor {there.high / there.low:.2g}"))
-        return verdict
-
-    def backtest(self, hold_out: str = "largest") -> Backtest | None:
-        """Hide the largest size, fit the others, predict it; None if what is left is no law (one size, or no noise).
-
-        Raises:
-            ValueError: if `hold_out` is something else.
-        """
-        if hold_out != "largest":
-            raise ValueError(f"hold_out = {hold_out!r}: expected 'largest'")
-        rest = self.used[:-1]
-        if len(rest) < 2 or (len(rest) == 2 and not all(p.log2_draws.size for p in rest)):
-            return None
-        degrees = tuple(p.value.size - 1 for p in self.polynomials if p.value.size <= len(rest))
-        kept = _fit(rest, degrees, self.law, self.level, seed=0)
-        return _backtest(kept._at([self.used[-1].size])[0], self.used[-1], self.level)
-
-    def crossing(self, threshold: float, *, falling: bool = False) -> Interval | None:
-        """The size at which a growing law reaches a threshold; None if it does not within a factor 1024 of its points.
-
-        The upper end is infinite where some draws never reach it.
-
-        Args:
-            threshold: value to be reached.
-            falling: whether the law is asked where it first lies at or below the threshold instead.
-        """
-        sign = -1.0 if falling else 1.0
-        sizes = np.geomspace(self.used[0].size, self.used[-1].size * 1024, 200)
-        target = sign * np.log2(threshold)
-        value = sign * np.mean([p.at(sizes)[0] for p in self.polynomials], axis=0)
-        if not (value >= target).any():
-            return None
-        at = float(sizes[np.argmax(value >= target)])
-        reached = sign * self._log2(sizes)[1] >= target
-        first = np.where(reached.any(axis=1), sizes[np.argmax(reached, axis=1)], np.inf)
-        tail = (1 - self.level) / 2
-        low, high = np.quantile(first, [tail, 1 - tail], method="inverted_cdf")
-        return Interval(at, float(min(low, at)), float(max(high, at)), self.level)
-
-    def _beyond(self, size: float) -> float:
-        return max(self.used[0].size / size, size / self.used[-1].size, 1.0)
-
-    def _log2(self, sizes: Floats) -> tuple[Floats, Floats]:
-        parts = [p.at(sizes) for p in self.polynomials]
-        return np.mean([v for v, _ in parts], axis=0), np.concatenate([d for _, d in parts])
-
-    def _at(self, sizes: Sequence[float]) -> list[Interval]:
-        value, draws = self._log2(np.asarray(sizes, dtype=np.float64))
-        return intervals(value, draws, self.level)
+    if isinstance(hold_out, bool) or not isinstance(hold_out, (int, float)):
+        raise ValueError(f"hold_out = {hold_out!r}: expected 'largest', a number of {what} or a fraction of them")
+    count = hold_out if isinstance(hold_out, int) else int(np.ceil(hold_out * total))
+    if not 0 < count < total:
+        raise ValueError(f"hold_out = {hold_out!r}: expected 1 to {total - 1} {what}, or a fraction between 0 and 1")
+    return count
 
 
-def fit_points(
-    points: Sequence[Measured], *, law: str, degrees: tuple[int, ...] = (1,), level: float = 0.95, seed: int = 0
-) -> Fit:
-    """Fit a law to measured points; the verdict says what is missing.
+def allowed_misses(count: int, level: float) -> int:
+    """How many of `count` intervals may miss before chance is no excuse.
 
-    Args:
-        points: one per size; refused ones are left out of the fit and named in the verdict.
-        law: what the law is of, for messages.
-        degrees: polynomials to pool; a degree needs one point more than its number.
-        level: coverage of the intervals.
-        seed: seed of the draws.
+    Example:
+        >>> allowed_misses(1, 0.95), allowed_misses(100, 0.95)
+        (0, 8)
     """
-    points = tuple(sorted(points, key=lambda p: p.size))
-    used = [p for p in points if p.verdict.status != "refuse"]
-    lost = [f"{p.size:g}: {p.verdict.reason}" for p in points if p.verdict.status == "refuse"]
-    if len(used) < 2:
-        reason = f"{len(used)} usable size{'' if len(used) == 1 else 's'}, and a law needs 2"
-        return Fit(law=law, measured=points, verdict=Verdict("refuse", "; ".join([reason, *lost])), level=level)
-    if len(used) == 2 and not all(p.log2_draws.size for p in used):
-        return Fit(
-            law=law,
-            measured=points,
-            level=level,
-            verdict=Verdict("refuse", "two sizes without replicates: nothing is known of the noise"),
-        )
-    fit = _fit(used, tuple(d for d in degrees if d < len(used)), law, level, seed)
-    said = _doubts(fit, max(degrees)) + [f"left out {text}" for text in lost]
-    return replace(fit, measured=points, verdict=Verdict("weak", "; ".join(said)) if said else Verdict("ok"))
-
-
-def _fit(used: Sequence[Measured], degrees: tuple[int, ...], law: str, level: float, seed: int) -> Fit:
-    polynomials = tuple(fit_polynomial(used, d, seed=seed) for d in degrees)
-    line = polynomials[0]
-    power = np.array([[1.0, -line.origin], [0.0, 1.0]])  # from (at the mean size, slope) to (at size 1, slope)
-    values, draws = [*(power @ line.value)], [*(power @ line.draws.T)]
-    if len(polynomials) > 1:
-        values, draws = [*values, polynomials[1].value[2]], [*draws, polynomials[1].draws[:, 2]]
-    coefficients = {}
-    for name, value, draw in zip(NAMES, values, draws, strict=False):
-        low, high = np.quantile(draw, [(1 - level) / 2, (1 + level) / 2])
-        coefficients[name] = Interval(float(value), float(min(low, value)), float(max(high, value)), level)
-    fit = Fit(
-        law=law,
-        measured=tuple(used),
-        verdict=Verdict("ok"),
-        coefficients=coefficients,
-        level=level,
-        polynomials=polynomials,
-    )
-    at, _ = fit._log2(np.array([p.size for p in used], dtype=np.float64))
-    return replace(fit, residuals=tuple(float(r) for r in np.log2([p.value for p in used]) - at))
-
-
-def _doubts(fit: Fit, degree: int) -> list[str]:
-    weak: dict[str, list[str]] = {}
-    for p in fit.used:
-        if p.verdict.status == "weak":
-            weak.setdefault(p.verdict.reason, []).append(f"{p.size:g}")
-    said = [f"{', '.join(sizes)}: {reason}" for reason, sizes in weak.items()]
-    sizes = len(fit.used)
-    if sizes < degree + 2:
-        said.append(f"{sizes} sizes leave a {'quadratic' if degree == 2 and sizes > 2 else 'line'} no check")
-    if fit.polynomials[-1].ratio > BIRGE_WEAK:
-        said.append(f"the points scatter {fit.polynomials[-1].ratio:.2g} times more than their noise")
-    test = fit.backtest()
-    if test is not None and not test.hit:
-        said.append(f"hiding size {test.size:g} and predicting it missed by a factor {test.factor:.2f}")
-    return said
-
-
-def _backtest(predicted: Interval, last: Measured, level: float) -> Backtest:
-    factor = predicted.value / last.value
-    return Backtest(
-        size=last.size,
-        predicted=predicted,
-        measured=last.interval(level),
-        factor=max(factor, 1 / factor),
-        hit=last.value in predicted,
-    )
+    return int(bdtrik(level, count, 1 - level))

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from towtank.estimate import Verdict
-from towtank.laws.fit import Fit, fit_points
+from towtank.laws.fit import Fit
 from towtank.laws.levels import DRAWS, Noise, pool
 from towtank.laws.loglog import Measured
 from towtank.laws.optimum import Optimum, find_optimum
+from towtank.laws.size_fit import SizeFit, fit_points
 from towtank.laws.table import Floats, Table, column, positive
 
 
@@ -35,7 +36,7 @@ class Law(ABC):
     needs: str
 
     @abstractmethod
-    def fit(self, table: Table, *, x: Any, y: str, weights: str | None = None, seed: int = 0) -> Any:
+    def fit(self, table: Table, *, x: Any, y: str, weights: str | None = None, seed: int = 0) -> Fit:
         """Fit the law to a table of runs; `x` is a column, or a column for each variable."""
 
 
@@ -52,7 +53,7 @@ class SizeLaw(Law):
     def measure(self, table: Table, x: str, y: str, weights: str | None, seed: int) -> list[Measured]:
         """One point per size from the rows of the table."""
 
-    def fit(self, table: Table, *, x: str, y: str, weights: str | None = None, seed: int = 0) -> Fit:
+    def fit(self, table: Table, *, x: str, y: str, weights: str | None = None, seed: int = 0) -> SizeFit:
         """Fit the law to a table of runs.
 
         Args:

@@ -149,6 +149,9 @@ class Chinchilla(ParametricLaw):
         Parameter("B", SMALL, HUGE), Parameter("beta", 1e-3, 3.0, log=False), Parameter("E", 0.0, HUGE, log=False),
     )  # fmt: skip
     derived: ClassVar[Mapping[str, Callable[[Values], Any]]] = {"a": lambda c: c["beta"] / (c["alpha"] + c["beta"])}
+    meaning: ClassVar[Mapping[str, str]] = {
+        "a": "beta / (alpha + beta): the best N for a compute C grows as C^a, and the best D as C^(1 - a)"
+    }
 
     def value(self, c: Values, x: Values) -> Any:
         """The formula."""

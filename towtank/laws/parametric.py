@@ -79,6 +79,7 @@ class ParametricLaw(Law):
 
     parameters: ClassVar[tuple[Parameter, ...]]
     derived: ClassVar[Mapping[str, Callable[[Values], Any]]] = {}
+    meaning: ClassVar[Mapping[str, str]] = {}  # of what is derived, in words
     slopes: ClassVar[Any] = None  # a method (c, x) -> (value, derivatives by name) where a leaf gives one
     zero_allowed: ClassVar[frozenset[str]] = frozenset()
 

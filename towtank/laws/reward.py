@@ -61,6 +61,10 @@ class PrunedData(ParametricLaw):
     The derived `worth` = gamma / beta says what pruning is worth: the kept part counts as D f^worth examples. 1 is no better
     than leaving out examples at random; 0 loses nothing; below 0 the pruned set is better than the whole.
 
+    Sorscher et al. 2022 (arXiv 2206.14486) ask how the error falls with D at each f and give no such formula. With a good
+    order of the examples, and f falling as D grows, they find it to fall faster than any power of D: do not extrapolate
+    this law along such a path.
+
     Example:
         >>> rows = [(d, f) for d in (1e4, 1e5, 1e6) for f in (0.2, 0.5, 1.0)]
         >>> table = {"d": [r[0] for r in rows], "f": [r[1] for r in rows],
@@ -74,7 +78,7 @@ class PrunedData(ParametricLaw):
     formula: ClassVar[str] = "L = E + A D^-beta f^-gamma"
     variables: ClassVar[Mapping[str, str]] = {"D": "examples before pruning", "f": "fraction kept, 0 to 1"}
     source: ClassVar[str] = (
-        "form after Sorscher et al. 2022, Beyond neural scaling laws, figure 1 (a power law at each f)"
+        "a form of this package (a power of D at each f); the question: Sorscher et al. 2022, Beyond neural scaling laws"
     )
     needs: ClassVar[str] = "losses over a decade of D, at two or more fractions kept"
     parameters: ClassVar[tuple[Parameter, ...]] = (
@@ -82,6 +86,7 @@ class PrunedData(ParametricLaw):
         Parameter("beta", 1e-3, 5.0, log=False), Parameter("gamma", -10.0, 10.0, log=False),
     )  # fmt: skip
     derived: ClassVar[Mapping[str, Callable[[Values], Any]]] = {"worth": lambda c: c["gamma"] / c["beta"]}
+    meaning: ClassVar[Mapping[str, str]] = {"worth": "gamma / beta: what is kept is worth D f^worth examples"}
 
     def value(self, c: Values, x: Values) -> Any:
         """The formula."""
@@ -100,7 +105,8 @@ class AnnealedSize(ParametricLaw):
     """Loss along a schedule at several model sizes: L = E + A S1^-alpha + B N^-beta - C S2.
 
     S1 is the area under the learning rate so far, S2 the area by which it was annealed (0 while it is constant): see the
-    annealing law, of which this is the form with model size.
+    annealing law, of which this is a form with model size. Tissue et al. 2024 (arXiv 2408.11029) say that theirs extends
+    to model sizes; the sum written here is that of Wang et al. 2025 (arXiv 2512.13705), whose annealing term is another.
 
     Example:
         >>> rows = [(s, n, m) for s in (1.0, 4.0, 16.0) for n in (1e7, 1e8, 1e9) for m in (0.0, 0.5)]
@@ -114,7 +120,10 @@ class AnnealedSize(ParametricLaw):
     name: ClassVar[str] = "annealed-size"
     formula: ClassVar[str] = "L = E + A S1^-alpha + B N^-beta - C S2"
     variables: ClassVar[Mapping[str, str]] = {"S1": "area of the rate", "N": "parameters", "S2": "annealed area"}
-    source: ClassVar[str] = "Tissue et al. 2024, Scaling law with learning rate annealing, with a term in N"
+    source: ClassVar[str] = (
+        "Tissue et al. 2024, Scaling law with learning rate annealing; the term in N as in Wang et al. 2025, "
+        "Scaling and transferability of annealing strategies"
+    )
     needs: ClassVar[str] = "points along the curves of three sizes or more, under a constant and a decaying rate"
     zero_allowed: ClassVar[frozenset[str]] = frozenset({"S2"})
     parameters: ClassVar[tuple[Parameter, ...]] = (

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from towtank.estimate import Interval
-from towtank.laws.fit import Fit
 from towtank.laws.law import PowerLaw, SizeLaw
 from towtank.laws.loglog import Measured
+from towtank.laws.size_fit import SizeFit
 from towtank.laws.table import Table
 
 LOGIT_LIMIT = 1e4  # every run whose law lay above it diverged: Wortsman et al. 2023, section 3.3
@@ -43,7 +43,7 @@ class AttentionLogitLaw(SizeLaw):
         """Mean of log2 logit per size."""
         return PowerLaw().measure(table, x, y, weights, seed)
 
-    def fails(self, fit: Fit) -> Interval | None:
+    def fails(self, fit: SizeFit) -> Interval | None:
         """The size at which the logits reach the limit; None if they do not within 1024 times the largest size."""
         return fit.crossing(self.limit)
 
@@ -78,6 +78,6 @@ class GradientRMSLaw(SizeLaw):
         """Mean of log2 RMS per size."""
         return PowerLaw().measure(table, x, y, weights, seed)
 
-    def fails(self, fit: Fit) -> Interval | None:
+    def fails(self, fit: SizeFit) -> Interval | None:
         """The size at which the gradient falls to `margin * epsilon`; None if not within 1024 times the largest size."""
         return fit.crossing(self.margin * self.epsilon, falling=True)

@@ -72,6 +72,8 @@ def dot(x: Tensor, y: Tensor) -> float:
 
 def dots(X: Tensor, Y: Tensor) -> Tensor:
     """<x_k, y_k> for the columns of X and Y (P, K), summed in float64: (K,) on the CPU."""
+    if X.shape[1] == 1:
+        return torch.tensor([dot(X[:, 0], Y[:, 0])], dtype=torch.float64)
     return (X * Y).sum(dim=0, dtype=torch.float64).cpu()
 
 

@@ -224,13 +224,15 @@ def _controlled(goal: _Goal) -> Found:
         raise ValueError(f"expected an operator with a control variate, got {type(op).__name__}; use 'hutchinson'")
     pair_cost = 1 + control.cost / op.cost
     source = _Cheap(A, control, goal.generator)
-    plain, gap, cheap = Running(), Running(), Running()
+    plain, gap, near, cheap = Running(), Running(), Running(), Running()
 
     def pairs(count: int) -> None:
         probes = [goal.signs() for _ in range(count)]
         forms = torch.cat([dots(v, A(v)) for v in probes])
         plain.add(forms)
-        gap.add(forms - torch.cat([dots(v, control @ v) for v in probes]))
+        controls = torch.cat([dots(v, control @ v) for v in probes])
+        near.add(controls)
+        gap.add(forms - controls)
         A.charge(count * (pair_cost - 1))
 
     pilot = min(_PILOT, int(A.left / pair_cost))
@@ -239,15 +241,19 @@ def _controlled(goal: _Goal) -> Found:
     pairs(pilot)
     if source.room() < LEAST:
         return _hutchinson(goal, plain)
-    cheap.add(source.draw(LEAST))
-    if not _pays(plain, gap, cheap, pair_cost, source.price):
+    cheap.add(source.draw(1))  # which tells the price
+    if not _pays(plain, gap, near, pair_cost, source.price):
         return _hutchinson(goal, plain)
+    cheap.add(source.draw(LEAST - 1))
     return _balanced(goal, gap, cheap, pairs, source, pair_cost)
 
 
-def _pays(plain: Running, gap: Running, cheap: Running, pair_cost: float, price: float) -> bool:
-    """Whether the best split of work between the two streams beats plain probes: cost times variance of each."""
-    split = (float(gap.variance) * pair_cost) ** 0.5 + (float(cheap.variance) * price) ** 0.5
+def _pays(plain: Running, gap: Running, near: Running, pair_cost: float, price: float) -> bool:
+    """Whether the best split of work between the two streams beats plain probes: cost times variance of each.
+
+    The control's own samples scatter about as much as the forms of random signs with it, which the pilot has seen.
+    """
+    split = (float(gap.variance) * pair_cost) ** 0.5 + (float(near.variance) * price) ** 0.5
     return split**2 < float(plain.variance)
 
 

@@ -14,14 +14,33 @@ OPTIMIZERS = {
     "AdamW": "adamw.RULE",
     "DiffGrad": "diffgrad.RULE",
     "EXAdam": "exadam.RULE",
+    "Fira": "fira.RULE",
+    "GaLore": "galore.RULE",
     "Lion": "lion.RULE",
+    "MFAC": "mfac.RULE",
+    "Muon": "muon.RULE",
     "Nero": "nero.RULE",
     "SCALE": "scale.RULE",
     "SGD": "sgd.RULE",
     "SGDP": "sgdp.RULE",
     "SGDSaI": "sgd_sai.RULE",
+    "SNTASGD": "snt_asgd.RULE",
     "SophiaG": "sophia.G",
     "SophiaH": "sophia.H",
+}
+
+# what goes with them -> its module
+COMPANIONS = {
+    "gauss_newton_bartlett_diagonal": "diagonals",
+    "hutchinson_diagonal": "diagonals",
+    "newton": "newton",
+    "param_groups": "groups",
+    "roles": "groups",
+    "compensated": "transforms",
+    "orthograd": "transforms",
+    "quantized": "transforms",
+    "rounded": "transforms",
+    "stochastic": "transforms",
 }
 
 
@@ -40,7 +59,7 @@ def rule_of(name: str) -> Any:
 
 @functools.cache
 def _class(name: str) -> type:
-    from towtank.optim.optimizer import optimizer_class
+    from towtank.optim.classes import optimizer_class
 
     return optimizer_class(name, rule_of(name))
 
@@ -48,8 +67,10 @@ def _class(name: str) -> type:
 def __getattr__(name: str) -> Any:
     if name in OPTIMIZERS:
         return _class(name)
+    if name in COMPANIONS:
+        return getattr(importlib.import_module(f"towtank.optim.{COMPANIONS[name]}"), name)
     raise AttributeError(f"module 'towtank.optim' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *OPTIMIZERS])
+    return sorted([*globals(), *OPTIMIZERS, *COMPANIONS])

@@ -88,6 +88,28 @@ def gauss_newton_bartlett_diagonal(
 
     Source: Liu et al. 2024, "Sophia", algorithm 2 (Gauss-Newton-Bartlett).
     """
+    loss = sampled_label_loss(logits, generator=generator, keep=keep)
+    grads = torch.autograd.grad(loss, list(params), allow_unused=True, materialize_grads=True)
+    return [g.square() for g in _averaged_over_ranks(list(grads))]
+
+
+def sampled_label_loss(
+    logits: Tensor, *, generator: torch.Generator | None = None, keep: Tensor | None = None
+) -> Tensor:
+    """The mean cross-entropy at labels sampled from the model.
+
+    Args:
+        logits: (..., C) with their graph.
+        generator: of the labels, on the device of the logits.
+        keep: which of the leading positions count, boolean; None: all.
+
+    Raises:
+        ValueError: if the logits have no graph, or nothing counts.
+
+    Example:
+        >>> sampled_label_loss(torch.tensor([[50.0, 0.0]], requires_grad=True)).item()  # the sure label
+        0.0
+    """
     if not logits.requires_grad:
         raise ValueError("expected logits with their graph, got none; call this before backward(), outside no_grad()")
     flat = logits.reshape(-1, logits.shape[-1])
@@ -97,9 +119,7 @@ def gauss_newton_bartlett_diagonal(
     if not len(flat):
         raise ValueError("expected at least one position that counts, got none")
     labels = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator)[:, 0]
-    loss = torch.nn.functional.cross_entropy(flat, labels)
-    grads = torch.autograd.grad(loss, list(params), allow_unused=True, materialize_grads=True)
-    return [g.square() for g in _averaged_over_ranks(list(grads))]
+    return torch.nn.functional.cross_entropy(flat, labels)
 
 
 def _scalar(loss: Tensor) -> None:

@@ -6,18 +6,21 @@ All three run the same function: the rule, surrounded by clipping and weight dec
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from towtank.optim import native
 from towtank.optim.rule import Decay, Rule
 
 EngineName = Literal["auto", "native", "eager", "compile"]
 PIECE = 65_536  # numbers per piece on a CPU: an update's dozen operations then stay in cache
+backend = "inductor"  # what compiles a step
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Surround:
 
 def surrounded(rule: Rule, param: Tensor, grad: Tensor, state: Any, hyper: Any, step: Any, around: Surround):  # noqa: ANN201
     """One pure step of a rule within its clipping and its decay: (new parameter, new state)."""
+    if rule.within is not None:
+        return rule.within(lambda r, p, g, s: surrounded(r, p, g, s, hyper, step, around), param, grad, state)
     if not _is(around.scale, 1.0):
         grad = around.scale * grad
     if not _is(around.l2, 0.0):
@@ -111,15 +116,19 @@ def advance(
             for i, n in zip(members, run(chosen, hyper, step, around), strict=True):
                 lost[i] = n
             rest = [i for i in rest if i not in set(members)]
-    compiled = engine == "compile" or (engine == "auto" and works and works[0].param.device.type != "cpu")
-    if compiled and rest:
-        _compiled(rule)([works[i] for i in rest], *_as_tensors(hyper, step, around, works[rest[0]].param.device))
+    if rest and compiles(engine, works[rest[0]].param.device):
+        _run_compiled(rule, [works[i] for i in rest], hyper, step, around)
     else:
         for i in rest:
             lost[i] = _not_finite(works[i].grad)
             if not lost[i]:
                 _eager(rule, works[i], hyper, step, around)
     return lost
+
+
+def compiles(engine: EngineName, device: torch.device) -> bool:
+    """Whether an engine compiles the step on a device with PyTorch: it then looks at no gradient, and waits for nothing."""
+    return engine == "compile" or (engine == "auto" and device.type != "cpu")
 
 
 def has_kernel(rule: Rule, dtype: torch.dtype) -> bool:
@@ -146,8 +155,8 @@ def _kinds(rule: Rule, works: Sequence[Work]) -> dict[tuple[torch.dtype, bool], 
 
 
 def _alike(t: Tensor, param: Tensor) -> bool:
-    plain = type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" and t.dtype == param.dtype
-    return plain and t.stride() == param.stride() and t.shape == param.shape
+    plain = type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu and t.dtype == param.dtype
+    return plain and (t is param or (t.stride() == param.stride() and t.shape == param.shape))
 
 
 def _dense(t: Tensor) -> bool:
@@ -252,28 +261,55 @@ def _pieces(rule: Rule, work: Work) -> Iterator[Work]:
         yield work
 
 
-@functools.cache
-def _compiled(rule: Rule) -> Callable[..., None]:
-    def all_of_them(works: list[tuple[Tensor, Tensor, Any]], hyper: Any, step: Tensor, around: tuple[Any, ...]) -> None:
-        for param, grad, state in works:
-            new, fresh_state = surrounded(rule, param, grad, state, hyper, step, Surround(*around))
-            param.copy_(new)
-            for old, fresh in zip(state, fresh_state, strict=True):
-                old.copy_(fresh)
+class _Casting(TorchFunctionMode):
+    """Lets `torch.lerp` take its weight in double, as every other operation takes a number."""
 
-    compiled = torch.compile(all_of_them, fullgraph=True, dynamic=False)
-
-    def run(works: Sequence[Work], hyper: Any, step: Tensor, around: Surround) -> None:
-        compiled([(w.param, w.grad, w.state) for w in works], hyper, step, (around.shrink, around.l2, around.scale))
-
-    return run
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: D105
+        if func is torch.lerp and isinstance(args[2], Tensor):
+            args = (*args[:2], args[2].to(args[0].dtype))
+        return func(*args, **(kwargs or {}))
 
 
-def _as_tensors(hyper: Any, step: Any, around: Surround, device: torch.device) -> tuple[Any, Any, Surround]:
-    """Numbers as 0-d tensors, so that a schedule does not compile anew at every step."""
+def _run_compiled(rule: Rule, works: Sequence[Work], hyper: Any, step: Any, around: Surround) -> None:
+    """All tensors in one compiled graph; numbers are a tensor in it, so that a schedule compiles nothing anew."""
+    numbers = {**hyper._asdict(), "step_": step, "shrink_": around.shrink, "l2_": around.l2, "scale_": around.scale}
+    neutral = {"shrink_": 0.0, "l2_": 0.0, "scale_": 1.0}  # GaLore has a `scale` of its own
+    fixed = {n: float(numbers[n]) for n in rule.static} | {n: x for n, x in neutral.items() if _is(numbers[n], x)}
+    free = tuple(n for n in numbers if n not in fixed)
+    device = works[0].param.device
+    kinds = tuple((w.param.shape, w.param.stride(), w.param.dtype, device, type(w.state)) for w in works)
+    run = _compiled(rule, tuple(fixed.items()), free, kinds, backend)
+    run([(w.param, w.grad, w.state) for w in works], _column([numbers[n] for n in free], device))
 
-    def lift(x: float | Tensor) -> Tensor:
-        return torch.as_tensor(x, dtype=torch.float32, device=device)
 
-    kept = [x if _is(x, n) else lift(x) for x, n in ((around.shrink, 0.0), (around.l2, 0.0), (around.scale, 1.0))]
-    return type(hyper)(*map(lift, hyper)), lift(step), Surround(*kept)
+def _column(numbers: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """Numbers as one tensor, in double where the device has it: 1 - beta^t loses four digits in single."""
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    if not any(isinstance(x, Tensor) for x in numbers):
+        return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+    return torch.stack([torch.as_tensor(x, dtype=dtype, device=device) for x in numbers])
+
+
+@functools.lru_cache(256)
+def _compiled(
+    rule: Rule, fixed: tuple[tuple[str, float], ...], free: tuple[str, ...], kinds: tuple[Any, ...], backend: str
+) -> Callable[..., None]:
+    fields: tuple[str, ...] = rule.hyper._fields  # pyright: ignore[reportAttributeAccessIssue]
+
+    def all_of_them(works: list[tuple[Tensor, Tensor, Any]], column: Tensor) -> None:
+        numbers = dict(zip(free, column.unbind(), strict=True)) | dict(fixed)
+        around = Surround(numbers["shrink_"], numbers["l2_"], numbers["scale_"])
+        with _Casting():
+            for param, grad, state in works:
+                hyper = rule.hyper(*[numbers[f] for f in fields])
+                new, fresh_state = surrounded(rule, param, grad, state, hyper, numbers["step_"], around)
+                param.copy_(new)
+                for old, fresh in zip(state, fresh_state, strict=True):
+                    if fresh is not old:
+                        old.copy_(fresh)
+
+    # a code object of its own, as PyTorch counts recompilations by code object and refuses the ninth
+    own = types.FunctionType(
+        all_of_them.__code__.replace(), all_of_them.__globals__, rule.name, None, all_of_them.__closure__
+    )
+    return torch.compile(own, fullgraph=True, dynamic=False, backend=backend)

@@ -34,7 +34,10 @@ class Members:
 
     def __init__(self, rule: Rule, params: Mapping[str, Tensor], roles: Mapping[str, Role], hyper: Any) -> None:
         self.rule, self.params, self.roles, self.hyper = rule, params, roles, hyper
-        self.updates = 0
+        self.updates, self.observed = 0, 0
+        if rule.prepare is not None:
+            for name, p in params.items():
+                p.copy_(torch.stack([rule.prepare(one, roles[name]) for one in p]))
         self.state = {name: self._init(p, roles[name]) for name, p in params.items()}
         first = next(iter(params.values()))
         self._native = first.device.type == "cpu" and has_kernel(rule, first.dtype)
@@ -61,21 +64,36 @@ class Members:
                 and clipping are now.
             moved: which members move, (E,).
         """
-        every = getattr(self.hyper, self.rule.again) if self.rule.again else torch.full_like(self.hyper.lr, torch.inf)
-        due = self.updates % every == 0
-        if self.rule.begin is not None and bool(due.any()):
-            for name, grad in grads.items():
-                sound = grad.nan_to_num(0.0, 0.0, 0.0)  # a lost member's gradient must not stop the others
-                fresh = torch.vmap(self.rule.begin)(self.state[name], sound, _cast(self.hyper, grad))
-                for old, new in zip(self.state[name], fresh, strict=True):
-                    old.copy_(torch.where(_column(due, moved, old).bool().view(-1, *(1,) * (old.ndim - 1)), new, old))
+        if self.rule.begin is not None:
+            self._begin(grads, self.rule.begin, moved)
         self.updates += 1
         told = {name: numbers(name, self.hyper) for name in grads}
         (self._one_by_one if self._native else self._together)(grads, told, moved)
 
+    @torch.no_grad()
+    def observe(self, samples: Mapping[str, Tensor], moved: Tensor) -> None:
+        """Fold a sample of the curvature's diagonal into the state of the members that move.
+
+        Args:
+            samples: by name, of the shape of the parameters; a member's sample that is not finite is left out.
+            moved: which members move, (E,).
+        """
+        assert self.rule.observe is not None
+        self.observed += 1
+        count, observe = self.observed, self.rule.observe
+        sound = torch.stack([s.flatten(1).isfinite().all(1) for s in samples.values()]).all(0) & moved
+        for name, sample in samples.items():
+            fresh = torch.vmap(lambda s, x, h: observe(s, x, h, count))(
+                self.state[name], sample, _cast(self.hyper, sample)
+            )
+            for old, new in zip(self.state[name], fresh, strict=True):
+                old.copy_(torch.where(sound.view(-1, *(1,) * (old.ndim - 1)), new, old))
+
     def directions(self, grads: Mapping[str, Tensor], scale: Tensor) -> dict[str, Tensor]:
         """The step each member would take at learning rate 1 with its gradients times `scale` (E,), before decay."""
         ones = self.hyper._replace(lr=torch.ones_like(self.hyper.lr))
+        if self.rule.decays:
+            ones = ones._replace(weight_decay=torch.zeros_like(ones.weight_decay))
 
         def one(param: Tensor, grad: Tensor, state: Any, hyper: Any, scale: Tensor) -> Tensor:
             return param - self.rule.update(param, scale * grad, state, hyper, self.updates + 1)[0]
@@ -84,6 +102,19 @@ class Members:
         return {
             n: batched(self.params[n], g, self.state[n], _cast(ones, g), scale.to(g.dtype)) for n, g in grads.items()
         }
+
+    def _begin(self, grads: Mapping[str, Tensor], begin: Callable[..., Any], moved: Tensor) -> None:
+        """With the first gradients, and again for the members that move when their number of steps has passed."""
+        if self.updates and not self.rule.again:
+            return
+        due = moved & (self.updates % getattr(self.hyper, self.rule.again) == 0) if self.updates else moved | True
+        if not bool(due.any()):
+            return
+        for name, grad in grads.items():
+            sound = grad.nan_to_num(0.0, 0.0, 0.0)  # a lost member's gradient must not stop the others
+            fresh = torch.vmap(begin)(self.state[name], sound, _cast(self.hyper, grad))
+            for old, new in zip(self.state[name], fresh, strict=True):
+                old.copy_(torch.where(due.view(-1, *(1,) * (old.ndim - 1)), new, old))
 
     def _one_by_one(self, grads: Mapping[str, Tensor], told: dict[str, tuple[Any, Surround]], moved: Tensor) -> None:
         kinds: dict[tuple[float, ...], list[str]] = {}

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from towtank.optim.engine import EngineName, Surround, Work, advance, surrounded
-from towtank.optim.rule import ROLES, Decay, Role, Rule
+from towtank.optim import options
+from towtank.optim.engine import EngineName, Surround, Work, advance, compiles, surrounded
+from towtank.optim.rule import Decay, Role, Rule
+from towtank.optim.sharded import alike, counted_everywhere, cut_too_far, mine, shared_out, whole
 from towtank.optim.transforms import compensated, rounded, stochastic
 
 NonFinite = Literal["raise", "skip"]
 Rounding = Literal["nearest", "stochastic", "compensated"]
 Transform = Callable[[Rule], Rule]
-LOW = (torch.bfloat16, torch.float16)
+OWN = (
+    "variant",
+    "transforms",
+    "rounding",
+    "clip",
+    "clip_each",
+    "engine",
+    "nonfinite",
+    "skipped",
+)  # pickled with the state
 
 
 class Optimizer(torch.optim.Optimizer):
     """A rule as a torch optimizer. Users call its leaves: `towtank.optim.Lion(params, lr=3e-4)`.
+
+    A complex parameter is to a rule the real tensor of its real and imaginary parts, with one more axis of 2.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups of either; a group may have its own numbers and a `role`.
@@ -43,6 +55,9 @@ class Optimizer(torch.optim.Optimizer):
         ValueError: for numbers that are negative, NaN or out of range, or unknown options.
     """
 
+    rules: Mapping[str, Rule]  # by variant, "" the default
+    variant = ""
+
     def __init__(
         self,
         params: ParamsT,
@@ -59,20 +74,35 @@ class Optimizer(torch.optim.Optimizer):
         engine: EngineName = "auto",
         nonfinite: NonFinite = "raise",
     ) -> None:
-        for transform in transforms:
-            rule = transform(rule)
-        if rounding not in get_args(Rounding):
-            raise ValueError(f"rounding = {rounding!r}: expected one of {', '.join(get_args(Rounding))}")
-        self.rule = rule
-        self._low = {"nearest": rounded, "stochastic": stochastic, "compensated": compensated}[rounding](rule)
-        self.clip, self.clip_each = _positive("clip", clip), _positive("clip_each", clip_each)
+        options.one_of("rounding", rounding, Rounding)
+        options.one_of("nonfinite", nonfinite, NonFinite)
+        options.one_of("engine", engine, EngineName)
+        self.transforms, self.rounding = tuple(transforms), rounding
+        self._wrap(rule)
+        self.clip, self.clip_each = options.positive("clip", clip), options.positive("clip_each", clip_each)
         self.engine: EngineName = engine
         self.nonfinite: NonFinite = nonfinite
         self.skipped = 0
-        self._kinds: dict[Tensor, Any] = {}  # the type of each parameter's state
-        if nonfinite not in get_args(NonFinite) or engine not in get_args(EngineName):
-            raise ValueError(f"expected nonfinite raise | skip and a known engine, got {nonfinite!r} and {engine!r}")
         super().__init__(params, {**numbers, "weight_decay": weight_decay, "decay": decay, "maximize": maximize})
+
+    def _wrap(self, rule: Rule) -> None:
+        for transform in self.transforms:
+            rule = transform(rule)
+        self.rule = rule
+        low = {"nearest": rounded, "stochastic": stochastic, "compensated": compensated}
+        self._low = low[self.rounding](rule)
+        self._kinds: dict[Tensor, Any] = {}  # the type of each parameter's state
+
+    def __getstate__(self) -> dict[str, Any]:
+        known = {} if hasattr(type(self), "rules") else {"rules": {"": self.rule}, "transforms": ()}
+        return super().__getstate__() | {n: getattr(self, n) for n in OWN} | known
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # numbers that an older version did not save
+            group.update({n: x for n, x in {**self.defaults, "first_lr": group["lr"]}.items() if n not in group})
+        if "rule" not in self.__dict__:
+            self._wrap(self.rules[self.variant])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with the defaults where it names no numbers of its own.
@@ -82,30 +112,18 @@ class Optimizer(torch.optim.Optimizer):
             TypeError: for complex-valued hyper-parameters or parameters that are no tensors.
         """
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            self._check(self.param_groups[-1])
-        except ValueError:
+            options.check_group(group, self.rule)
+        except (ValueError, TypeError):
             self.param_groups.pop()
             raise
-        group = self.param_groups[-1]
+        group.setdefault("first_lr", group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"])
         if self.rule.prepare is not None:
             with torch.no_grad():
                 for p in group["params"]:
-                    p.copy_(self.rule.prepare(p, self.role_of(p, group)))
-
-    def _check(self, group: Mapping[str, Any]) -> None:
-        for name, value in group.items():
-            if name not in ("lr", "weight_decay", "eps", "betas", "momentum", "rho") or value is None:
-                continue
-            for x in value if isinstance(value, tuple | list) else (value,):
-                x = float(x)
-                if not (math.isfinite(x) and x >= 0):
-                    raise ValueError(f"{name} = {value}: expected a finite number >= 0")
-                if name == "betas" and x >= 1:
-                    raise ValueError(f"betas = {value}: expected numbers in [0, 1)")
-        if group.get("role") not in (None, *ROLES):
-            raise ValueError(f"role = {group['role']!r}: expected one of {', '.join(ROLES)}")
-        Surround.of(group["decay"], 0.0, 0.0, 0.0, 1.0)
+                    prepared = self.rule.prepare(options.as_real(whole(p)), self.role_of(p, group))
+                    options.as_real(mine(p)).copy_(mine(shared_out(prepared, p)))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -126,19 +144,18 @@ class Optimizer(torch.optim.Optimizer):
         if self.nonfinite == "skip" and not self._all_finite():
             self.skipped += 1
             return loss
-        bad = []
-        for group, hyper, step, around, members in self._batches():
+        moved: list[Tensor] = []
+        lost: list[int] = []
+        for group, hyper, step, around, members in list(self._batches()):  # whoever is refused, nobody has moved
             works = [self._work(p, group) for p in members]
-            for p in members:
-                self.state[p]["step"] += 1
-            lost = advance(self._rule(members[0]), works, hyper, step, around, engine=self.engine)
-            bad += [(self.name_of(p), n) for p, n in zip(members, lost, strict=True) if n]
-        if bad:
-            raise FloatingPointError(
-                "the gradient is not finite in "
-                + ", ".join(f"{name} ({n} numbers)" for name, n in bad)
-                + "; those elements have not moved. Lower the learning rate, or pass nonfinite='skip' to leave such steps out"
-            )
+            torch._foreach_add_([self.state[p]["step"] for p in members], 1)  # pyright: ignore[reportPrivateImportUsage]
+            lost += advance(self._rule(members[0]), works, hyper, step, around, engine=self.engine)
+            for p, work in zip(members, works, strict=True):
+                self._put_back(p, work)
+            moved += members
+        if moved and not compiles(self.engine, moved[0].device):
+            lost = counted_everywhere(lost, moved, self.rule.reach)
+            options.complain({self.name_of(p): n for p, n in zip(moved, lost, strict=True) if n})
         return loss
 
     @torch.no_grad()
@@ -157,6 +174,9 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(f"{self.rule.name} uses no curvature; leave observe_curvature out")
         pairs = [(p, g) for g in self.param_groups for p in g["params"]]
         if isinstance(diagonals, Mapping):
+            unknown = set(diagonals) - {self.name_of(p) for p, _ in pairs}
+            if unknown:
+                raise ValueError(f"no parameter is called {min(unknown)!r}; pass model.named_parameters() for names")
             samples = [diagonals.get(self.name_of(p)) for p, _ in pairs]
         else:
             samples = list(diagonals)
@@ -169,15 +189,14 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"{self.name_of(p)}: expected a diagonal of shape {tuple(p.shape)}, got {tuple(sample.shape)}"
                 )
+            sample = options.as_real(whole(sample))
             if not bool(torch.isfinite(sample).all()):
                 raise FloatingPointError(f"{self.name_of(p)}: the curvature sample is not finite")
             self._start(p, group)
-            stored = self.state[p]
-            stored["observed"] += 1
-            observe, count = self._rule(p).observe, float(stored["observed"])
+            self.state[p]["observed"] += 1
+            observe, count = self._rule(p).observe, float(self.state[p]["observed"])
             assert observe is not None
-            seen = observe(self._state(p, group), _real(sample), self.hyper(group), count)
-            stored.update({f: new.clone() if new is sample else new for f, new in seen._asdict().items()})
+            self._keep(p, observe(self._state(p, group, whole), sample, self.hyper(group), count), sample)
 
     @torch.no_grad()
     def statistics(self) -> dict[str, dict[str, float]]:
@@ -191,7 +210,7 @@ class Optimizer(torch.optim.Optimizer):
         told: dict[str, dict[str, float]] = {}
         for group, hyper, step, around, members in self._batches():
             for p in members:
-                work = self._work(p, group)
+                work = self._work(p, group, whole)
                 rule = self._rule(p)
                 new, _ = surrounded(rule, work.param, work.grad, work.state, hyper, step, around)
                 values = {"update_rms": (new - work.param).float().square().mean().sqrt()}
@@ -216,57 +235,60 @@ class Optimizer(torch.optim.Optimizer):
                     step = float(self.state[p]["step"])
                     diagonal = self._rule(p).preconditioner
                     assert diagonal is not None
-                    found[self.name_of(p)] = diagonal(self._state(p, group), self.hyper(group), step)
+                    found[self.name_of(p)] = shared_out(
+                        diagonal(self._state(p, group, whole), self.hyper(group), step), p
+                    )
         if not found:
             raise RuntimeError("no parameter has taken a step yet; call step() first")
         return found
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; its tensors keep their types, so that a resumed run is the uninterrupted one bit by bit."""
-        super().load_state_dict(state_dict)
-        saved = [i for g in state_dict["param_groups"] for i in g["params"]]
-        params = [p for g in self.param_groups for p in g["params"]]
+        """Load a state; its tensors keep their types, so that a resumed run is the uninterrupted one bit by bit.
+
+        Raises:
+            ValueError: if it is the state of other groups, of another rule, or of another way of storing.
+        """
+        final: list[dict[str, Any]] = []  # what hooks before the loading have made of it
+        hook = self.register_load_state_dict_pre_hook(lambda _, state: final.append(state))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        saved = [i for g in final[0]["param_groups"] for i in g["params"]]
         self._kinds.clear()
-        for i, p in zip(saved, params, strict=True):
-            if i in state_dict["state"]:
+        for i, (p, group) in zip(saved, [(p, g) for g in self.param_groups for p in g["params"]], strict=True):
+            if i in final[0]["state"]:
+                stored = final[0]["state"][i]
+                expected = {"step", *self._kind(p, group)._fields} | ({"observed"} if self.rule.observe else set())
+                if set(stored) != expected:
+                    raise ValueError(
+                        f"{self.name_of(p)}: expected a state of {', '.join(sorted(expected))}, got "
+                        f"{', '.join(sorted(stored))}; load it into the optimizer, with the options, that saved it"
+                    )
                 self.state[p] = {
-                    k: v.to("cpu" if k in ("step", "observed") else p.device, copy=True)
-                    for k, v in state_dict["state"][i].items()
+                    k: v.to("cpu" if k in ("step", "observed") else p.device, copy=True) for k, v in stored.items()
                 }
 
     def _batches(self):  # noqa: ANN202
         """(group, hyper, step, surround, parameters): parameters that share a rule and all numbers of a step."""
-        scale = self._global_scale()
+        grads = [p.grad for p in self._refuse_sparse() if p.grad is not None]
+        scale = options.global_scale(grads, self.clip) if self.clip else 1.0
         for group in self.param_groups:
-            alike: dict[tuple[float, bool, float], list[Tensor]] = {}
+            alike: dict[tuple[float, bool, torch.device], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None and p.numel():
                     self._ready(p, group)
-                    own = _clip_scale(p.grad, self.clip_each) if self.clip_each else 1.0
-                    alike.setdefault((float(self.state[p]["step"]) + 1, p.dtype in LOW, own), []).append(p)
-            lr = group["lr"]
-            peak = float(group.get("initial_lr", self.defaults["lr"]))
-            share = float(lr) / peak if peak else 0.0
+                    key = (float(self.state[p]["step"]) + 1, p.dtype in options.LOW, p.device)
+                    alike.setdefault(key, []).append(p)
             decay = 0.0 if self.rule.decays else group["weight_decay"]
-            for (step, _, own), members in alike.items():
-                yield (
-                    group,
-                    self.hyper(group),
-                    step,
-                    Surround.of(group["decay"], decay, lr, share, scale * own),
-                    members,
-                )
-
-    def _global_scale(self) -> float:
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        if not self.clip or not grads:
-            return 1.0
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in grads]))
-        return float((self.clip / (norm + 1e-6)).clamp(max=1.0)) if bool(torch.isfinite(norm)) else 1.0
+            share = options.share_of_peak(group) if group["decay"] == "independent" else 1.0
+            around = Surround.of(group["decay"], decay, group["lr"], share, scale)
+            for (step, *_), members in alike.items():
+                yield group, self.hyper(group), step, around, members
 
     def _rule(self, param: Tensor) -> Rule:
-        return self._low if param.dtype in LOW else self.rule
+        return self._low if param.dtype in options.LOW else self.rule
 
     def hyper(self, group: Mapping[str, Any]) -> Any:
         """The rule's numbers of a group."""
@@ -277,7 +299,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def role_of(self, param: Tensor, group: Mapping[str, Any]) -> Role:
         """What a parameter is for: its group's role, or `vector` up to one dimension and `matrix` above."""
-        return group.get("role") or ("vector" if param.ndim <= 1 else "matrix")
+        return group.get("role") or ("vector" if param.ndim + param.is_complex() <= 1 else "matrix")
 
     def name_of(self, param: Tensor) -> str:
         """The name of a parameter, if names were given, else its place and shape."""
@@ -292,15 +314,10 @@ class Optimizer(torch.optim.Optimizer):
         """State for a parameter that has a gradient.
 
         Raises:
-            TypeError: for a sparse gradient.
             RuntimeError: if the rule needs curvature and has observed none.
             FloatingPointError: if a rule begins with a gradient that is not finite.
         """
         assert param.grad is not None
-        if param.grad.is_sparse:
-            raise TypeError(
-                f"{self.name_of(param)}: expected a dense gradient, got a sparse one; use Embedding(sparse=False)"
-            )
         self._start(param, group)
         stored = self.state[param]
         if self.rule.observe is not None and not float(stored["observed"]):
@@ -310,101 +327,71 @@ class Optimizer(torch.optim.Optimizer):
             )
         every = float(group[self.rule.again]) if self.rule.again else math.inf
         if self.rule.begin is not None and not float(stored["step"]) % every:
-            if not bool(torch.isfinite(param.grad).all()):
+            work = self._work(param, group, whole)
+            if not bool(torch.isfinite(work.grad).all()):
                 raise FloatingPointError(f"{self.name_of(param)}: the gradient that the rule begins with is not finite")
-            begin = self._rule(param).begin
-            assert begin is not None
-            begun = begin(self._state(param, group), _real(param.grad), self.hyper(group))
-            stored.update(begun._asdict())
+            rule = self._rule(param)
+            assert rule.begin is not None
+            grad = work.grad if rule.begins_with is None else rule.begins_with(work.param, work.grad)
+            self._keep(param, rule.begin(work.state, grad, self.hyper(group)), grad)
 
     def _start(self, param: Tensor, group: Mapping[str, Any]) -> None:
         if self.state[param]:
             return
-        fresh = self._rule(param).init(_real(param.detach()), self.role_of(param, group), self.hyper(group))
+        fresh = self._rule(param).init(
+            options.as_real(whole(param.detach())), self.role_of(param, group), self.hyper(group)
+        )
         observed = {"observed": torch.tensor(0.0)} if self.rule.observe is not None else {}
-        self.state[param] = {"step": torch.tensor(0.0), **observed, **fresh._asdict()}
+        self.state[param] = {"step": torch.tensor(0.0), **observed}
         self._kinds[param] = type(fresh)
+        self._keep(param, fresh)
 
-    def _state(self, param: Tensor, group: Mapping[str, Any]) -> Any:
-        kind = self._kinds.get(param)
-        if kind is None:
-            like = torch.zeros_like(_real(param.detach()))  # the type may depend on the shape
-            kind = self._kinds[param] = type(
-                self._rule(param).init(like, self.role_of(param, group), self.hyper(group))
-            )
-        stored = self.state[param]
-        return kind(*(stored[f] for f in kind._fields))
+    def _keep(self, param: Tensor, state: Any, given: Tensor | None = None) -> None:
+        """Store a state that was computed on whole tensors; a tensor that was given stays its owner's."""
+        fresh = {f: s.clone() if s is given else s for f, s in state._asdict().items()}
+        self.state[param].update({f: shared_out(s, param) for f, s in fresh.items()})
 
-    def _work(self, param: Tensor, group: Mapping[str, Any]) -> Work:
+    def _kind(self, param: Tensor, group: Mapping[str, Any]) -> Any:
+        if param not in self._kinds:  # after loading: the type may depend on the shape
+            like = options.as_real(torch.zeros(param.shape, dtype=param.dtype, device=param.device))
+            fresh = self._rule(param).init(like, self.role_of(param, group), self.hyper(group))
+            self._kinds[param] = type(fresh)
+        return self._kinds[param]
+
+    def _state(self, param: Tensor, group: Mapping[str, Any], seen: Callable[[Tensor], Tensor]) -> Any:
+        kind, stored = self._kind(param, group), self.state[param]
+        return kind(*(seen(stored[f]) for f in kind._fields))
+
+    def _work(self, param: Tensor, group: Mapping[str, Any], seen: Callable[[Tensor], Tensor] | None = None) -> Work:
+        """What a rule is shown: this process's part of a parameter where that is enough, else all of it."""
+        seen = seen or (whole if cut_too_far(self.rule.reach, param) else mine)
         assert param.grad is not None
-        grad = -param.grad if group["maximize"] else param.grad
-        return Work(_real(param.detach()), _real(grad), self._state(param, group))
+        grad = options.as_real(seen(alike(param.grad, param)))
+        if group["maximize"]:
+            grad = -grad
+        if self.clip_each:
+            grad = options.global_scale([param.grad], self.clip_each) * options.at_least_single(grad)
+        return Work(options.as_real(seen(param.detach())), grad, self._state(param, group, seen))
+
+    def _put_back(self, param: Tensor, work: Work) -> None:
+        """After a step on all of a parameter that processes share, each keeps its part."""
+        if cut_too_far(self.rule.reach, param):
+            options.as_real(mine(param)).copy_(mine(shared_out(work.param, param)))
+            self._keep(param, work.state)
 
     def _all_finite(self) -> bool:
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        return all(bool(torch.isfinite(g).all()) for g in grads)
+        params = self._refuse_sparse()
+        grads = [mine(alike(p.grad, p)) for p in params if p.grad is not None]
+        lost = [int(not bool(torch.isfinite(g).all())) for g in grads]
+        return not any(counted_everywhere(lost, params, "element"))
 
+    def _refuse_sparse(self) -> list[Tensor]:
+        """The parameters that have gradients, all dense.
 
-def _positive(name: str, value: float | None) -> float | None:
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} = {value}: expected a positive number, or None")
-    return value
-
-
-def _clip_scale(grad: Tensor, largest: float) -> float:
-    norm = float(torch.linalg.vector_norm(grad.float()))
-    return min(1.0, largest / (norm + 1e-6)) if math.isfinite(norm) else 1.0
-
-
-def _real(t: Tensor) -> Tensor:
-    return torch.view_as_real(t) if t.is_complex() else t
-
-
-def optimizer_class(name: str, rule: Rule) -> type[Optimizer]:
-    """A torch optimizer class of a rule: `name(params, lr=..., betas=..., ..., weight_decay=..., variant=...)`.
-
-    Its keywords are the fields of the rule's `hyper`, with beta1, beta2, ... gathered into `betas`, then those of `Optimizer`.
-    """
-    numbers = _numbers(rule)
-
-    def __init__(self, params: ParamsT, *args: Any, variant: str = "", **options: Any) -> None:  # noqa: ANN001, N807
-        chosen = _variant(name, rule, variant)
-        given = dict(zip(numbers, args, strict=False)) | {k: options.pop(k) for k in numbers if k in options}
-        if len(args) > len(numbers):
-            raise TypeError(f"{name}: expected at most {len(numbers)} numbers ({', '.join(numbers)}), got {len(args)}")
-        options = {"weight_decay": chosen.weight_decay, "decay": chosen.decay} | options
-        Optimizer.__init__(self, params, chosen, _numbers(chosen) | given, **options)
-
-    signature = inspect.signature(Optimizer.__init__)
-    own = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=v) for n, v in numbers.items()]
-    common = [p for n, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY]
-    extra = inspect.Parameter("variant", inspect.Parameter.KEYWORD_ONLY, default="")
-    first = [signature.parameters["self"], signature.parameters["params"]]
-    __init__.__signature__ = signature.replace(parameters=[*first, *own, *common, extra])  # pyright: ignore[reportFunctionMemberAccess]
-    members = {"__init__": __init__, "__module__": "towtank.optim", "__qualname__": name, "__doc__": _document(rule)}
-    return type(name, (Optimizer,), members)
-
-
-def _numbers(rule: Rule) -> dict[str, Any]:
-    defaults: dict[str, Any] = rule.hyper()._asdict()  # pyright: ignore[reportAttributeAccessIssue]
-    betas = tuple(v for k, v in defaults.items() if k[:4] == "beta" and k[4:].isdigit())
-    numbers: dict[str, Any] = {}
-    for k, v in defaults.items():
-        if k[:4] == "beta" and k[4:].isdigit():
-            numbers["betas"] = betas
-        elif k != "weight_decay":
-            numbers[k] = v
-    return numbers
-
-
-def _variant(name: str, rule: Rule, variant: str) -> Rule:
-    if not variant or variant == "paper" and not rule.variants:
-        return rule
-    if variant not in rule.variants:
-        raise ValueError(f"{name}: variant = {variant!r}: expected one of {', '.join(rule.variants) or 'paper'}")
-    return rule.variants[variant]
-
-
-def _document(rule: Rule) -> str:
-    lines = [f"{rule.summary[:1].upper()}{rule.summary[1:]}.", "", f"Source: {rule.source}."]
-    return "\n".join([*lines, *(["", "Deviations:"] if rule.deviations else []), *(f"- {d}" for d in rule.deviations)])
+        Raises:
+            TypeError: if one is not.
+        """
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        for p in params:
+            options.refuse_sparse(p, self.name_of)
+        return params

@@ -32,6 +32,9 @@ class Rule:
         update: one step.
         prepare: `(param, role) -> param`, once, when the optimizer is made: what the rule demands of weights.
         begin: `(state, grad, hyper) -> state`, with the first gradient of the parameter, outside the pure update.
+        begins_with: `(param, grad) -> grad`: what `begin` is given, where a transform changes the gradient.
+        within: `(run, param, grad, state) -> (param, state)`: where a transform carries a step out in another precision. It
+            calls `run(rule, param, grad, state)` there, so that decay and clipping have that precision too.
         again: the number of `hyper` that says after how many steps `begin` is repeated; empty: it is not.
         reach: what one number of the result depends on: its own `element`, its `row` (first axis), or the whole `tensor`.
             Tells how far a tensor may be cut into pieces that fit the cache, and across processes.
@@ -58,6 +61,8 @@ class Rule:
     update: Callable[[Tensor, Tensor, Any, Any, Any], tuple[Tensor, Any]]
     prepare: Callable[[Tensor, Role], Tensor] | None = None
     begin: Callable[[Any, Tensor, Any], Any] | None = None
+    begins_with: Callable[[Tensor, Tensor], Tensor] | None = None
+    within: Callable[[Callable[..., tuple[Tensor, Any]], Tensor, Tensor, Any], tuple[Tensor, Any]] | None = None
     again: str = ""
     reach: Reach = "element"
     weight_decay: float = 0.0

@@ -85,6 +85,11 @@ def _inputs(model: nn.Module, raw: Mapping[str, Any], key: str) -> dict[str, Any
     inputs = {k: v for k, v in raw.items() if k != key}
     if getattr(getattr(model, "config", None), "use_cache", False):
         inputs.setdefault("use_cache", False)  # a cache of keys and values serves generation only
+    decoder_inputs = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if decoder_inputs and not any(k.startswith("decoder_input") for k in inputs):
+        inputs["decoder_input_ids"] = decoder_inputs(
+            raw[key]
+        )  # what the model itself makes of labels, which it is not given
     return inputs
 
 

@@ -256,6 +256,7 @@ class Problem:
         """Modes, backends and random states for forward passes; all put back on exit."""
         with ExitStack() as stack:
             stack.enter_context(state.random_state(self.device))
+            stack.enter_context(state.no_checkpoints())
             stack.enter_context(state.modes(self.network, statistics=self.mode == "train", dropout=self.dropout))
             stack.enter_context(self.backends())
             yield
@@ -269,21 +270,18 @@ class Problem:
         """
         state.seed(self.seed + batch.index, self.device)
         parameters = {n for n, _ in self.network.named_parameters()}
-        tensors = {
-            f"model.{n}": source.measured(t, self.precision)
-            if n in parameters
-            else source.measured(t.clone(), self.precision)
-            for n, t in self._now().items()
-        }
-        tensors |= {f"model.{n}": self._fixed_row(n, t, tensors) for n, t in (params or {}).items()}
-        return functional_call(self._call, tensors, (batch.raw,))
+        given = params or {}
+        kept = {n: t for n, t in self._now().items() if n not in given or n in self._padding}
+        own = {n: source.measured(t if n in parameters else t.clone(), self.precision) for n, t in kept.items()}
+        tensors = own | {n: self._fixed_row(n, t, own) for n, t in given.items()}
+        return functional_call(self._call, {f"model.{n}": t for n, t in tensors.items()}, (batch.raw,))
 
     def _fixed_row(self, name: str, t: Tensor, own: Mapping[str, Tensor]) -> Tensor:
         row = self._padding.get(name)
         if row is None:
             return t
         varies = torch.arange(len(t), device=t.device)[:, None] != row
-        return torch.where(varies, t, own[f"model.{name}"].to(t.dtype))
+        return torch.where(varies, t, own[name].to(t.dtype))
 
     @cached_property
     def _padding(self) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import checkpoint
 
 
 def _statistics_of_the_batch(module: nn.Module) -> bool:
@@ -60,6 +61,29 @@ def _put_back(now: dict[str, Any], before: dict[str, Any]) -> None:
     for key, value in before.items():
         if key not in now or now[key] is not value:
             now[key] = value
+
+
+@contextmanager
+def no_checkpoints() -> Generator[None, None, None]:
+    """Activation checkpointing off: it runs a module again in the backward pass, by then with the user's parameters in place.
+
+    Second derivatives and gradients elsewhere would be wrong. What is patched is looked up at every call of a checkpoint.
+    """
+    with ExitStack() as stack:
+        for name, plain in (("_checkpoint_without_reentrant_generator", _once), ("CheckpointFunction", _Direct)):
+            if hasattr(checkpoint, name):
+                stack.enter_context(_attribute(checkpoint, name, plain))
+        yield
+
+
+def _once(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield
+
+
+class _Direct:
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from towtank.estimate import Interval, Verdict, finite
-from towtank.laws.fit import Fit, fit_points
 from towtank.laws.law import PowerLaw, loss_point, rate_point, spread_alike
 from towtank.laws.levels import Noise, pool
 from towtank.laws.optimum import Optimum, find_optimum
 from towtank.laws.sensitivity import lr_sensitivity
+from towtank.laws.size_fit import SizeFit, fit_points
 from towtank.report.answer import LawResult, Prediction, RatePoint, SizeResult
 from towtank.report.grouping import FITTED_STATUS, Group, logit_of, loss_of, rate_of, seed_of, size_of
 from towtank.study.record import Record
@@ -29,9 +29,9 @@ class Analysis:
     group: Group
     axis: str
     optima: dict[float, Optimum]
-    lr_fit: Fit
-    loss_fit: Fit
-    attention: dict[float, Fit]
+    lr_fit: SizeFit
+    loss_fit: SizeFit
+    attention: dict[float, SizeFit]
 
     @property
     def noise(self) -> Noise | None:
@@ -40,7 +40,7 @@ class Analysis:
 
 
 def analyse(group: Group, axis: str) -> Analysis:
-    """Fit everything that is fitted to an arm; runs of the stage `verify` are not."""
+    """SizeFit everything that is fitted to an arm; runs of the stage `verify` are not."""
     records = [r for r in group.records if r.stage != "verify" and r.status in FITTED_STATUS]
     by_size = {s: [r for r in records if size_of(r, axis) == s] for s in sorted({size_of(r, axis) for r in records})}
     optima = spread_alike({s: optimum_of(rows, random_seed=i) for i, (s, rows) in enumerate(by_size.items())})
@@ -101,7 +101,7 @@ def law_results(analysis: Analysis, target: float | None) -> tuple[LawResult, La
     return _law_result(analysis.lr_fit, target), _law_result(analysis.loss_fit, target), attention
 
 
-def _law_result(fit: Fit, target: float | None, note: Callable[[Fit], str] = lambda fit: "") -> LawResult:
+def _law_result(fit: SizeFit, target: float | None, note: Callable[[SizeFit], str] = lambda fit: "") -> LawResult:
     points, line, backtest = (), (), None
     if fit.coefficients:
         points = tuple((p.size, p.interval(fit.level)) for p in fit.used)
@@ -116,8 +116,8 @@ def _law_result(fit: Fit, target: float | None, note: Callable[[Fit], str] = lam
     )
 
 
-def _crossing(axis: str) -> Callable[[Fit], str]:
-    def note(fit: Fit) -> str:
+def _crossing(axis: str) -> Callable[[SizeFit], str]:
+    def note(fit: SizeFit) -> str:
         at = fit.crossing(ATTENTION_LIMIT)
         if at is None:
             return ""
@@ -177,7 +177,7 @@ def _drawn(optimum: Optimum) -> tuple[tuple[float, float], ...]:
     return tuple((float(2.0**v), float(optimum.loss.value + optimum.curvature * (v - best) ** 2)) for v in x)
 
 
-def _attention_fits(records: Sequence[Record], axis: str) -> dict[float, Fit]:
+def _attention_fits(records: Sequence[Record], axis: str) -> dict[float, SizeFit]:
     fits = {}
     for lr in sorted({rate_of(r) for r in records}):
         rows = [r for r in records if rate_of(r) == lr and logit_of(r) is not None]

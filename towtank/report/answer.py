@@ -100,12 +100,10 @@ class Rival:
 
     arm: str
     lr: float
-    loss: float  # mean over its seeds, nats
-    interval: Interval | None  # of that mean; None with one seed
-    seeds: int
+    loss: Interval  # mean over the seeds, nats
     edge: bool  # the best rate was the lowest or the highest that was trained
-    difference: Interval | None  # its loss minus that of the best arm, paired by seed; 0 seeds in common: None
-    p: float | None  # of no difference, corrected over all pairs of arms
+    difference: Interval | None  # its loss minus that of the best arm, paired by seed; None for the best
+    p: float | None  # of no difference, corrected over all pairs of arms; None for the best
     told: bool  # whether the difference is larger than noise
     step_s: float | None  # median seconds of a training step: its share of an ensemble
     state_bytes: float | None  # of the optimizer, per parameter
@@ -116,10 +114,12 @@ class Comparison:
     """Arms against one another at one size, the best first."""
 
     size: float
+    seeds: tuple[int, ...]  # those all rivals were trained with
     rivals: tuple[Rival, ...]
     told: tuple[tuple[str, str], ...]  # pairs (better, worse) that differ by more than noise
     pairs: int  # that were tested
-    without: tuple[str, ...]  # arms of which no learning rate trained with every seed
+    fewer: tuple[str, ...] = ()  # arms that were not trained with these seeds at their best learning rate
+    lost: tuple[str, ...] = ()  # arms of which no learning rate survived
 
 
 @dataclass(frozen=True, kw_only=True)

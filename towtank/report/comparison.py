@@ -21,7 +21,7 @@ STATE = "state_bytes"  # the signal that holds the optimizer's state per paramet
 
 
 def compare(analyses: Sequence[Analysis]) -> Comparison | None:
-    """Arms against one another at the largest size they all have; None with fewer than two arms or without pairs of seeds.
+    """Arms against one another at the largest size they all have; None without two arms that share two seeds.
 
     Each arm is taken at its best trained learning rate and, where the rates on both sides were trained with the same seeds,
     each seed at the vertex of the parabola through the means of the three: arms are then not judged by where their optimum
@@ -37,27 +37,39 @@ def compare(analyses: Sequence[Analysis]) -> Comparison | None:
     if len(analyses) < 2 or not shared:
         return None
     size = max(shared)
-    runs = {a.group.name: [r for r in a.group.records if r.stage != "verify" and size_of(r, a.axis) == size] for a in analyses}
-    found = {name: best for name, records in runs.items() if (best := _best(records))}
-    order = sorted(found, key=lambda name: _average(found[name].losses))
-    pairs = list(itertools.combinations(order, 2))
-    tests = {(a, b): t for a, b in pairs if (t := _paired(found[a].losses, found[b].losses))}
-    if not tests:
+    runs = {
+        a.group.name: [r for r in a.group.records if r.stage != "verify" and size_of(r, a.axis) == size]
+        for a in analyses
+    }
+    best = {name: b for name, records in runs.items() if (b := _best(records))}
+    seeds = _common_seeds(best)
+    losses = {name: np.array([b.losses[s] for s in seeds]) for name, b in best.items() if {*seeds} <= {*b.losses}}
+    if len(losses) < 2 or len(seeds) < 2:
         return None
-    corrected = dict(zip(tests, holm([p for _, p in tests.values()]), strict=True))
-    told = tuple(pair for pair, p in corrected.items() if p < 1 - LEVEL)
+    order = sorted(losses, key=lambda name: float(losses[name].mean()))
+    pairs = list(itertools.combinations(order, 2))
+    p = dict(zip(pairs, holm([_p_value(losses[b] - losses[a]) for a, b in pairs]), strict=True))
+    told = tuple(pair for pair in pairs if p[pair] < 1 - LEVEL)
 
     def rival(name: str) -> Rival:
-        best, pair = found[name], (order[0], name)
-        difference = tests[pair][0] if pair in tests else None
+        pair = order[0], name
+        difference = _interval(losses[name] - losses[order[0]]) if pair in p else None
         return Rival(
-            arm=name, lr=best.lr, loss=_average(best.losses), interval=_interval([*best.losses.values()]),
-            seeds=len(best.losses), edge=best.edge, difference=difference, p=corrected.get(pair),
-            told=pair in told, step_s=_step_s(runs[name]), state_bytes=_state_bytes(runs[name]),
+            arm=name, lr=best[name].lr, loss=_interval(losses[name]), edge=best[name].edge, difference=difference,
+            p=p.get(pair), told=pair in told, step_s=_step_s(runs[name]), state_bytes=_state_bytes(runs[name]),
         )  # fmt: skip
 
-    lost = tuple(a.group.name for a in analyses if a.group.name not in found)
-    return Comparison(size=size, rivals=tuple(map(rival, order)), told=told, pairs=len(tests), without=lost)
+    fewer = tuple(name for name in best if name not in losses)
+    lost = tuple(name for name in runs if name not in best)
+    return Comparison(
+        size=size,
+        seeds=tuple(seeds),
+        rivals=tuple(map(rival, order)),
+        told=told,
+        pairs=len(pairs),
+        fewer=fewer,
+        lost=lost,
+    )
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -113,21 +125,22 @@ def _vertex(x: Sequence[float] | np.ndarray, y: Sequence[float]) -> tuple[float,
     return float(2.0**v), np.array(weights)
 
 
-def _paired(first: dict[int, float], second: dict[int, float]) -> tuple[Interval, float] | None:
-    """Mean of second minus first over common seeds with its t interval, and the p-value of no difference."""
-    seeds = first.keys() & second.keys()
-    if len(seeds) < 2:
-        return None
-    d = [second[s] - first[s] for s in sorted(seeds)]
-    interval = _interval(d)
-    assert interval is not None
-    return interval, float(stats.ttest_1samp(d, 0.0).pvalue) if np.ptp(d) else float(not any(d))
+def _common_seeds(best: Mapping[str, _Best]) -> list[int]:
+    """The set of seeds, of those that arms were trained with, that most arms hold; means over other seeds say nothing."""
+    sets = {frozenset(b.losses) for b in best.values() if len(b.losses) > 1}
+    held = {s: sum(s <= {*b.losses} for b in best.values()) for s in sets}
+    return sorted(max(held, key=lambda s: (held[s], len(s), sorted(s)))) if held else []
 
 
-def _interval(values: Sequence[float]) -> Interval | None:
+def _p_value(differences: np.ndarray) -> float:
+    """Of no difference; differences without scatter are either nothing or certain."""
+    if not np.ptp(differences):
+        return float(not differences.any())
+    return float(np.asarray(stats.ttest_1samp(differences, 0.0))[1])
+
+
+def _interval(values: np.ndarray) -> Interval:
     """The mean of two values or more with its t interval."""
-    if len(values) < 2:
-        return None
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
     half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
     return Interval(mean, mean - half, mean + half, LEVEL)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from towtank.estimate import Interval, Verdict
-from towtank.laws.diagnose import Confounded, Selection
+from towtank.laws.diagnose import Selection
+from towtank.laws.fit import Confounded
 from towtank.laws.law import Law
 from towtank.laws.table import Floats
 from towtank.report import text
@@ -159,6 +160,7 @@ class FitAnswer:
     overall: Verdict  # of what the sentence says
     verdict: Verdict  # of the law within its rows
     coefficients: dict[str, Interval]
+    meaning: dict[str, str] = field(default_factory=dict)  # of derived coefficients, in words
     objective: float | None = None
     residuals: Residuals | None = None
     confounded: tuple[Confounded, ...] = ()

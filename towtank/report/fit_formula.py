@@ -33,7 +33,7 @@ from towtank.report.fit_answer import (
 DRAWN = 1500  # rows drawn; of more, an even choice and those that fit worst
 WORST = 50  # rows that fit worst are always drawn
 LINE_POINTS = 61
-MANY, PROFILED, FEW = 100_000, 41, 9  # values of a coefficient in its profile, fewer where a refit takes long
+MANY = 100_000  # rows above which a profile is a parabola with the interval of the bootstrap, and takes minutes
 INFLUENTIAL = 5  # rows left out together
 
 
@@ -51,23 +51,29 @@ def answer_formula(fit: FormulaFit, asked: Asked) -> FitAnswer:
     asked.stage("forecasting")
     forecasts = tuple(_forecast(fit, at) for at in asked.predict)
     return FitAnswer(
-        **described(asked), **told, rows=len(fit.rows), groups=fit.rows.groups if fit.rows.grouped else None,
+        **{**described(asked), "y": fit.rows.columns[""]}, **told, meaning=dict(fit.form.meaning), unit=_unit(fit, asked), rows=len(fit.rows), groups=fit.rows.groups if fit.rows.grouped else None,
         relative=fit.form.link == "log", overall=overall(fit.verdict, forecasts), verdict=fit.verdict, coefficients=fit.coefficients, forecasts=forecasts,
-        sentence=sentence(asked, _fitted_in_words(fit), forecasts, told.get("backtest")),
-        slices=_slices(fit, [f.x for f in forecasts]), warnings=warned(asked, fit.warnings),
+        sentence=sentence(asked, _fitted_in_words(fit, _unit(fit, asked)), forecasts, told.get("backtest"), _unit(fit, asked)),
+        slices=_slices(fit, [f.x for f in forecasts]), warnings=warned(asked, [*fit.warnings, *_unprofiled(fit)]),
     )  # fmt: skip
 
 
-def _fitted_in_words(fit: FormulaFit) -> str:
+def _unit(fit: FormulaFit, asked: Asked) -> str:
+    """What one row of the fit is: of the table, or one of the sweeps that the law first made of the table."""
+    return "row" if fit.form is asked.law else "sweep"
+
+
+def _fitted_in_words(fit: FormulaFit, unit: str) -> str:
     if not fit.coefficients:
         return f"The law {fit.law!r} cannot be fitted to these rows."
     off = percent(float(np.median(np.abs(fit.residuals))), fit.form.link == "log")
-    return f"The law fits {len(fit.rows):,} rows, half of them within {off:.2g} %."
+    return f"The law fits {len(fit.rows):,} {unit}s, half of them within {off:.2g} %."
 
 
 def _told(fit: FormulaFit, asked: Asked) -> dict[str, Any]:
     """What a fit that was not refused rests on."""
-    number, stage = _numbering(fit, asked.rows), asked.stage
+    unit, stage = _unit(fit, asked), asked.stage
+    number = _numbering(fit, asked.rows if unit == "row" else None)
     stage("backtest")
     backtest = fit.backtest(asked.hold_out)
     stage("influence of single rows")
@@ -75,13 +81,14 @@ def _told(fit: FormulaFit, asked: Asked) -> dict[str, Any]:
     stage("sensitivity to the choice of rows")
     selection = fit.selection()
     stage("profiles")
-    names = [p.name for p in fit.form.parameters if p.name not in fit.form.fixed]
+    free = [p.name for p in fit.form.parameters if p.name not in fit.form.fixed]
+    names = free if len(fit.rows) <= MANY else []
     residual = np.asarray(fit.residuals, dtype=np.float64)
     relative, drawn = fit.form.link == "log", _drawn(residual)
     return {
         "objective": fit.objective,
-        "backtest": _tested(backtest, number) if backtest else None,
-        "residuals": residuals(residual, relative, lambda i: f"row {number[fit.rows.number[i]]}"),
+        "backtest": _tested(backtest, number, unit) if backtest else None,
+        "residuals": residuals(residual, relative, lambda i: f"{unit} {number[fit.rows.number[i]]}"),
         "influence": {
             name: LeftOut(rows=tuple(str(number[r]) for r in m.rows), coefficients=m.coefficients, factor=m.factor)
             for name, m in influence
@@ -90,13 +97,21 @@ def _told(fit: FormulaFit, asked: Asked) -> dict[str, Any]:
         "at_bound": determined.at_bound,
         "selection": selection,
         "profiles": tuple(_profile(fit, name) for name in names),
-        "points": _points(fit, residual, number, drawn),
+        "points": _points(fit, residual, number, drawn, unit),
     }
 
 
-def _tested(test: Backtest, number: Ints) -> Tested:
+def _unprofiled(fit: FormulaFit) -> list[str]:
+    if len(fit.rows) <= MANY:
+        return []
+    return [
+        f"no profiles of {len(fit.rows):,} rows: with more than {MANY:,} they are parabolas and tell the same interval"
+    ]
+
+
+def _tested(test: Backtest, number: Ints, unit: str) -> Tested:
     points = [
-        Hidden(name=f"row {number[p.row]}", x=p.x, predicted=p.predicted, measured=p.measured) for p in test.points
+        Hidden(name=f"{unit} {number[p.row]}", x=p.x, predicted=p.predicted, measured=p.measured) for p in test.points
     ]
     return Tested.of(points, test.factor, test.hit)
 
@@ -107,11 +122,11 @@ def _numbering(fit: FormulaFit, rows: Sequence[int] | None) -> Ints:
     return np.arange(last + 1) if rows is None else np.asarray(rows)
 
 
-def _points(fit: FormulaFit, residual: Floats, number: Ints, drawn: Iterable[int]) -> tuple[FitPoint, ...]:
+def _points(fit: FormulaFit, residual: Floats, number: Ints, drawn: Iterable[int], unit: str) -> tuple[FitPoint, ...]:
     fitted = _fitted(fit, residual)
     return tuple(
         FitPoint(
-            name=f"row {number[fit.rows.number[i]]}", x={n: float(v[i]) for n, v in fit.rows.x.items()},
+            name=f"{unit} {number[fit.rows.number[i]]}", x={n: float(v[i]) for n, v in fit.rows.x.items()},
             measured=float(fit.rows.y[i]), fitted=float(fitted[i]), residual=float(residual[i]),
         )
         for i in drawn
@@ -161,7 +176,7 @@ def _slice(
 
 
 def _profile(fit: FormulaFit, name: str) -> ProfileCurve:
-    found = fit.profile(name, PROFILED if len(fit.rows) <= MANY else FEW)
+    found = fit.profile(name)
     excess = np.asarray(found.objective) / fit.objective if fit.objective else np.asarray(found.objective)
     points = tuple((float(v), float(e)) for v, e in zip(found.values, excess, strict=True) if np.isfinite(e))
     return ProfileCurve(name=name, points=points, interval=found.interval)

@@ -95,6 +95,7 @@ def facts(answer: FitAnswer) -> list[tuple[str, str]]:
         of = "" if answer.relative else f" of the range of {answer.y}"
         sizes = f"median {100 * r.median:.3g} %, rms {100 * r.rms:.3g} %, worst {100 * r.worst:.3g} % ({r.worst_at})"
         told.append((f"residuals{of}", sizes))
+    told += [(name, what) for name, what in answer.meaning.items() if name in answer.coefficients]
     if answer.at_bound:
         told.append(("at a bound", ", ".join(answer.at_bound)))
     return [(text.clean(name, 60), text.clean(what, 300)) for name, what in told]

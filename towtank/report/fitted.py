@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from towtank.laws.curve_fit import CurveFit
 from towtank.laws.fit import Fit
 from towtank.laws.formula_fit import FormulaFit
 from towtank.laws.schedules import Schedule
+from towtank.laws.size_fit import SizeFit
 from towtank.report.fit_answer import Asked, FitAnswer
 from towtank.report.fit_curves import answer_curves
 from towtank.report.fit_formula import answer_formula
 from towtank.report.fit_size import answer_size
 
 
-def answer_fit(fit: Any, asked: Asked, schedules: Mapping[str, Schedule] | None = None) -> FitAnswer:
+def answer_fit(fit: Fit, asked: Asked, schedules: Mapping[str, Schedule] | None = None) -> FitAnswer:
     """Everything that can be told of a fit.
 
     Args:
@@ -29,7 +29,7 @@ def answer_fit(fit: Any, asked: Asked, schedules: Mapping[str, Schedule] | None 
     """
     if isinstance(fit, FormulaFit):
         return answer_formula(fit, asked)
-    if isinstance(fit, Fit):
+    if isinstance(fit, SizeFit):
         return answer_size(fit, asked)
     if isinstance(fit, CurveFit):
         return answer_curves(fit, asked, schedules or {})

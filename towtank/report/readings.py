@@ -142,8 +142,8 @@ def comparison(answer: Answer) -> str:
     if answer.comparison is None:
         return ""
     return (
-        f"The arms at {answer.size_axis} {text.size(answer.comparison.size)}, each at its best learning rate: paired by seed, "
-        f"p corrected for all {answer.comparison.pairs} pairs (Holm). Steps are timed as a share of an ensemble."
+        f"The arms at {answer.size_axis} {text.size(answer.comparison.size)}, each at its best learning rate: paired by {len(answer.comparison.seeds)} "
+        f"seeds, p corrected for all {answer.comparison.pairs} pairs (Holm). Steps are timed as a share of an ensemble."
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from towtank.estimate import Interval, Verdict
 from towtank.laws.optimum import format_rate
-from towtank.report.answer import Arm, Comparison, Rival, SizeResult
+from towtank.report.answer import Arm, Comparison, SizeResult
 
 MOST_ARMS = 3  # that are told one by one; more are only compared
 
@@ -49,10 +49,10 @@ def write(arms: Sequence[Arm], axis: str, target: float | None, comparison: Comp
 def compare(comparison: Comparison, axis: str) -> str:
     """Which arm has the lowest loss, which cannot be told from it, and which are worse by more than noise."""
     best, *others = comparison.rivals
-    same = [r.arm for r in others if not r.told and r.difference is not None]
-    worse = [f"{r.arm} (+{_nats(r)})" for r in others if r.told]
+    same = [r.arm for r in others if not r.told]
+    worse = [f"{r.arm} (+{r.difference.value:.2g})" for r in others if r.told and r.difference]
     parts = [
-        f"At {axis} {comparison.size:g} and its best learning rate, {best.arm} has the lowest loss, {best.loss:.4g} nats",
+        f"At {axis} {comparison.size:g} and its best learning rate, {best.arm} has the lowest loss, {best.loss.value:.4g} nats",
         f"not told from it: {', '.join(same)}" if same else "",
         f"worse by more than noise: {', '.join(worse)}" if worse else "",
         *(f"{what}: {', '.join(names)}" for what, names in unsettled(comparison)),
@@ -64,14 +64,10 @@ def unsettled(comparison: Comparison) -> list[tuple[str, list[str]]]:
     """What keeps arms from a fair comparison, and which."""
     found = [
         ("best at the edge of the rates, so perhaps better beyond", [r.arm for r in comparison.rivals if r.edge]),
-        ("no two seeds in common with the best", [r.arm for r in comparison.rivals[1:] if r.difference is None]),
-        ("no learning rate that every seed survived", list(comparison.without)),
+        ("not trained with enough seeds to compare", list(comparison.fewer)),
+        ("no learning rate that every seed survived", list(comparison.lost)),
     ]
     return [(what, names) for what, names in found if names]
-
-
-def _nats(rival: Rival) -> str:
-    return f"{rival.difference.value:.2g}" if rival.difference else ""
 
 
 def _arm_verdict(arm: Arm, target: float | None) -> Verdict:

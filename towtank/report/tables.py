@@ -78,7 +78,7 @@ def cards(answer: Answer) -> list[Card]:
     """
     compared = answer.comparison if answer.target is None else None
     if compared:
-        found = [_rival_card(rival) for rival in compared.rivals[:3]]
+        found = [_rival_card(rival, len(compared.seeds)) for rival in compared.rivals[:3]]
     else:
         found = [_prediction_card(answer, arm) for arm in answer.arms[:6]]
     slopes = [_slope_card(answer, arm) for arm in answer.arms[:6] if arm.lr_law and "slope" in arm.lr_law.coefficients]
@@ -146,16 +146,32 @@ def sizes(answer: Answer) -> Table:
 
 def comparison(answer: Answer) -> Table:
     """The arms against one another, best first; no rows without a comparison."""
-    head = ("arm", "learning rate", "loss (nats)", "above the best", "p", "sensitivity", "step (ms)", "state B", "outcome")
+    head = (
+        "arm",
+        "learning rate",
+        "loss (nats)",
+        "above the best",
+        "p",
+        "sensitivity",
+        "step (ms)",
+        "state B",
+        "outcome",
+    )
     rows = []
     for place, r in enumerate(answer.comparison.rivals if answer.comparison else ()):
         arm = next(a for a in answer.arms if a.name == r.arm)
         at = next((s for s in arm.sizes if answer.comparison and s.size == answer.comparison.size), None)
-        word = "lowest" if not place else "worse" if r.told else "not told" if r.difference else "cannot tell"
-        outcome = Cell(word + (", at the edge" if r.edge else ""), None, "ok" if not place else "" if r.told else "weak")
-        above = Cell(text.interval(r.difference, 2) if place else "-", r.difference.value if r.difference else None)
-        loss = Cell(text.interval(r.interval, 4) if r.interval else text.number(r.loss, 4), r.loss)
-        costs = (value(at and at.sensitivity, 2), value(None if r.step_s is None else 1e3 * r.step_s, 2), value(r.state_bytes))
+        word = "lowest" if not place else "worse" if r.told else "not told"
+        outcome = Cell(
+            word + (", at the edge" if r.edge else ""), None, "ok" if not place else "" if r.told else "weak"
+        )
+        above = Cell(text.interval(r.difference, 2), r.difference.value if r.difference else None)
+        loss = Cell(text.interval(r.loss, 4), r.loss.value)
+        costs = (
+            value(at and at.sensitivity, 2),
+            value(None if r.step_s is None else 1e3 * r.step_s, 2),
+            value(r.state_bytes),
+        )
         rows.append((words(r.arm, 40), value(r.lr), loss, above, value(r.p, 2), *costs, outcome))
     return Table(head, tuple(rows))
 
@@ -225,10 +241,15 @@ def _prediction_card(answer: Answer, arm: Arm) -> Card:
     return Card(label=label, value=text.number(p.lr.value), detail=detail, foot=foot, tone=tone)
 
 
-def _rival_card(rival: Rival) -> Card:
-    detail = f"at learning rate {text.number(rival.lr)}, {rival.seeds} seeds"
+def _rival_card(rival: Rival, seeds: int) -> Card:
+    detail = f"at learning rate {text.number(rival.lr)}, {seeds} seeds"
     foot = f"above the best: {text.interval(rival.difference, 2)}" if rival.difference else "lowest of all"
-    return Card(label=f"{text.clean(rival.arm, 40)}: loss (nats)", value=text.number(rival.loss, 4), detail=detail, foot=foot)
+    return Card(
+        label=f"{text.clean(rival.arm, 40)}: loss (nats)",
+        value=text.number(rival.loss.value, 4),
+        detail=detail,
+        foot=foot,
+    )
 
 
 def _slope_card(answer: Answer, arm: Arm) -> Card:

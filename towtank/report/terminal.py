@@ -95,10 +95,14 @@ def _law(arm: Arm) -> tuple[Cell, ...]:
 
 
 def _comparison(answer: Answer) -> Table:
-    """As on the page, with the least of each number, so that a row fits a line."""
-    whole, drop = tables.comparison(answer), ("p", "sensitivity")
-    kept = [i for i, name in enumerate(whole.head) if name not in drop]
-    return Table(tuple(whole.head[i] for i in kept), tuple(tuple(row[i] for i in kept) for row in whole.rows))
+    """As on the page, with less of each arm, so that a row fits a line."""
+    rows = []
+    for row, r in zip(
+        tables.comparison(answer).rows, answer.comparison.rivals if answer.comparison else (), strict=True
+    ):
+        arm, rate, _, above, _, _, step, state, outcome = row
+        rows.append((arm, rate, _short(r.loss.value, 4), above, step, state, outcome))
+    return Table(("arm", "rate", "loss", "above the best", "ms", "state B", "outcome"), tuple(rows))
 
 
 def _verifications(answer: Answer) -> Table:

@@ -15,8 +15,9 @@ from towtank.study.errors import ConfigError
 from towtank.study.keys import Keys
 from towtank.study.record import Scalar, Stage, canonical
 from towtank.train.cells import canonical as effective
+from towtank.train.cells import own_numbers
 from towtank.train.planner import largest_ensemble
-from towtank.train.settings import MEMBER_KEYS
+from towtank.train.settings import LATER_KEYS, MEMBER_KEYS
 
 Cell = dict[str, Scalar]
 JOBS_PER_WORKER = 2
@@ -103,7 +104,8 @@ def expand(study: Study, keys: Keys | None = None) -> tuple[list[Cell], list[str
         axes.append(values)
         notes += merged
     base = _defaults(study, keys)
-    return [base | dict(zip(study.grid, values, strict=True)) for values in itertools.product(*axes)], notes
+    chosen = [dict(zip(study.grid, values, strict=True)) for values in itertools.product(*axes)]
+    return [own_numbers(base | cell, set(study.fixed) | set(study.grid)) for cell in chosen], notes
 
 
 def cell_id(cell: Mapping[str, Scalar], corpus: str) -> str:
@@ -193,6 +195,6 @@ def _even_parts(members: list[Run], most: int) -> list[list[Run]]:
 
 def _defaults(study: Study, keys: Keys) -> Cell:
     """What a cell holds where the grid says nothing."""
-    known = {name: key.default for name, key in keys.known.items() if not key.required}
+    known = {n: key.default for n, key in keys.known.items() if not key.required and n not in LATER_KEYS}
     fixed = {name: keys.of(name).coerce(value) for name, value in study.fixed.items()}
     return {"task": study.task, **known, "size_key": study.size, **fixed}  # type: ignore[dict-item]

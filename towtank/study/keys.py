@@ -94,7 +94,7 @@ def settings_keys() -> dict[str, Key]:
         hints = get_type_hints(kind)
         for field in fields(kind):
             hint = hints[field.name]
-            choices = get_args(hint) if get_origin(hint) is Literal else ()
+            choices = field.metadata.get("choices") or (get_args(hint) if get_origin(hint) is Literal else ())
             kinds = (str,) if choices else (hint,)
             default = MISSING if field.default is NO_DEFAULT else field.default
             found[field.name] = Key(name=field.name, kinds=kinds, choices=choices, default=default)

@@ -6,10 +6,11 @@ import importlib
 import inspect
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from towtank.optim import rule_of
 from towtank.train.settings import MEMBER_KEYS, TRAINING_KEYS, Member, Training
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ Scalar = str | int | float | bool | None
 Cell = Mapping[str, Scalar]
 Curve = list[tuple[int, float | None]]
 DEFAULT_TASK = "towtank.train.tasks:gpt"
+RULE_NUMBERS = ("beta1", "beta2", "eps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +66,7 @@ def describe(cell: Cell) -> Description:
     from torch.autograd.graph import saved_tensors_hooks
     from torch.utils.flop_counter import FlopCounterMode
 
+    training = _training(cell)
     task = build_task(cell)
     inputs, targets = task.data.batch(0, 0)
     saved: dict[int, int] = {}
@@ -77,12 +80,13 @@ def describe(cell: Cell) -> Description:
             loss = task.loss(task.model(inputs), targets)
         torch.autograd.grad(loss, [p for p in task.model.parameters() if p.requires_grad], allow_unused=True)
     parameters = sum(p.numel() for p in task.model.parameters())
+    rule = rule_of(training.optimizer)
     return Description(
         corpus=task.data.digest,
         parameters=parameters,
-        member_bytes=4 * 4 * parameters
+        member_bytes=int((8 + rule.state_bytes) * parameters)
         + 2 * sum(saved.values()),  # twice: the gradients of activations on their way back
-        flops_per_step=float(counter.get_total_flops()),
+        flops_per_step=float(counter.get_total_flops()) * (1 + rule.passes),
     )
 
 
@@ -152,7 +156,8 @@ def _first_line(error: Exception) -> str:
 def canonical(cell: Cell) -> dict[str, Scalar]:
     """The cell with what does not matter to its run left out: cells of one canonical form are one run.
 
-    muP at the base width multiplies everything by 1, so it is `sp`; `sp` does not look at the base width.
+    muP at the base width multiplies everything by 1, so it is `sp`; `sp` does not look at the base width; AdamW is the
+    optimizer where none is named.
 
     Example:
         >>> at_base = {"width": 32, "lr": 0.1, "parametrization": "mup", "base_width": 32}
@@ -166,7 +171,28 @@ def canonical(cell: Cell) -> dict[str, Scalar]:
     if same.get("parametrization", "sp") == "sp":
         same.pop("base_width", None)
         same.pop("size_key", None)
+    if same.get("optimizer") == Training.optimizer:
+        del same["optimizer"]
     return same
+
+
+def own_numbers(cell: Cell, given: Collection[str]) -> dict[str, Scalar]:
+    """The cell with its optimizer's own defaults of beta1, beta2 and eps, where AdamW's are not what was asked for.
+
+    Args:
+        cell: a cell filled up with the defaults of `Member`.
+        given: keys that somebody set; those stay as they are.
+
+    Example:
+        >>> own_numbers({"optimizer": "Lion", "lr": 1.0, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}, {"lr"})
+        {'optimizer': 'Lion', 'lr': 1.0, 'beta1': 0.9, 'beta2': 0.99}
+    """
+    optimizer = str(cell.get("optimizer", Training.optimizer))
+    if optimizer == Training.optimizer:
+        return dict(cell)
+    own = rule_of(optimizer).hyper()._asdict()
+    kept = {k: v for k, v in cell.items() if k not in RULE_NUMBERS or k in given or k in own}
+    return kept | {k: float(own[k]) for k in RULE_NUMBERS if k in own and k not in given}
 
 
 def build_task(cell: Cell) -> Task:
@@ -212,8 +238,9 @@ def build_ensemble(cells: Sequence[Cell], device: str = "cpu") -> tuple[Ensemble
 
     _require_one_structure(cells)
     first = cells[0]
-    training = Training(**{k: v for k, v in first.items() if k in TRAINING_KEYS})  # pyright: ignore[reportArgumentType]
-    members = [Member(**{k: v for k, v in c.items() if k in MEMBER_KEYS}) for c in cells]  # pyright: ignore[reportArgumentType]
+    training = _training(first)
+    filled = [own_numbers(c, set(c)) for c in cells]
+    members = [Member(**{k: v for k, v in c.items() if k in MEMBER_KEYS}) for c in filled]  # pyright: ignore[reportArgumentType]
     by_seed = {m.seed: c for m, c in zip(members, cells, strict=True)}
     by_seed = {seed: build_task(c) for seed, c in by_seed.items()}
     tasks = [by_seed[m.seed] for m in members]
@@ -226,13 +253,17 @@ def build_ensemble(cells: Sequence[Cell], device: str = "cpu") -> tuple[Ensemble
         plans.require_comparable(model, base, roles)
     table = plans.plan(training.parametrization, plans.shapes(model), plans.shapes(base), roles, decay=training.decay)
     ensemble = Ensemble(
-        tasks, members, plan=table, roles=roles, decay=training.decay, device=device,
+        tasks, members, plan=table, roles=roles, optimizer=training.optimizer, decay=training.decay, device=device,
         dtype=getattr(torch, training.precision),
     )  # fmt: skip
     parameters = sum(p.numel() for p in model.parameters())
     if planner.should_compile(training.compile, device, parameters, len(cells), training.steps):
         ensemble.compile()
     return ensemble, training
+
+
+def _training(cell: Cell) -> Training:
+    return Training(**{k: v for k, v in cell.items() if k in TRAINING_KEYS})  # pyright: ignore[reportArgumentType]
 
 
 def _base_model(cell: Cell, training: Training) -> Any:

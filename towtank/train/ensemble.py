@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,13 @@ from torch.func import functional_call, stack_module_state
 from torch.utils._pytree import tree_map
 
 from towtank.losses import z_loss
+from towtank.optim import rule_of
 from towtank.optim.clip import clip_scale, member_norms
 from towtank.optim.engine import Surround
 from towtank.optim.members import Members
-from towtank.optim.rules import adamw
+from towtank.optim.rule import Rule
 from towtank.scaling.plan import Plan, Role
+from towtank.train import samples
 from towtank.train.settings import Member
 from towtank.train.task import Batch, Task
 
@@ -44,12 +47,13 @@ class Ensemble:
         members: the numbers of each.
         plan: multipliers by parameter name.
         roles: role by parameter name; the signals are grouped by it.
+        optimizer: public name of a rule of `towtank.optim`.
         decay: `independent` or `coupled`.
         device: where to train.
         dtype: floating-point type of parameters and arithmetic.
 
     Raises:
-        ValueError: if there are no members, or not one task for each.
+        ValueError: if there are no members, or not one task for each, or the rule samples labels and there are no logits.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class Ensemble:
         *,
         plan: Plan,
         roles: dict[str, Role],
+        optimizer: str = "AdamW",
         decay: str = "independent",
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -73,8 +78,12 @@ class Ensemble:
             if name in plan:  # frozen parameters are among the buffers
                 p.mul_(plan[name].init)
         self._numbers = _member_columns(members, self.device)
-        hyper = adamw.Hyper(*(self._numbers[n] for n in adamw.Hyper._fields))
-        self._optimizer = Members(adamw.RULE, self.params, roles, hyper)
+        self.rule = rule_of(optimizer)
+        if self.rule.curvature == "squared" and not self.task.outputs_are_logits:
+            raise ValueError(
+                f"optimizer = {optimizer!r}: expected a task whose outputs are logits, to sample labels from"
+            )
+        self._optimizer = Members(self.rule, self.params, roles, _hyper(self.rule, self._numbers))
         self._z_loss = self._numbers["z_loss"].to(dtype)
         self.alive = torch.ones(len(members), dtype=torch.bool, device=self.device)
         self._loss_takes_log_z = "log_z" in inspect.signature(self.task.loss).parameters
@@ -96,6 +105,8 @@ class Ensemble:
             scale: the schedule's share of the peak learning rate.
             probing: also return the signals.
         """
+        if self.rule.observe is not None and self._optimizer.updates % samples.EVERY.get(self.rule.name, 1) == 0:
+            self._observe(batch)
         losses, grads, signals = self._gradients(batch, probing)
         norms = member_norms(list(grads.values()))
         moved = self.alive & losses.isfinite() & norms.isfinite()
@@ -179,12 +190,58 @@ class Ensemble:
         grads = torch.autograd.grad(total.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
         return losses, dict(zip(leaves, grads, strict=True)), signals
 
-    def _rates(self, name: str, hyper: adamw.Hyper, scale: float, clip: Tensor) -> tuple[adamw.Hyper, Surround]:
+    def _observe(self, batch: Batch) -> None:
+        """Hand a sample of the curvature at this batch to the rule."""
+        self._model.train()
+        inputs, targets = (self._to(x) for x in batch)
+        seeds, count, penalty = [m.seed for m in self.members], self._optimizer.observed, torch.zeros_like(self._z_loss)
+        eager = self._vmapped(False)  # a compiled one has no second derivative
+        if self.rule.curvature == "signed":
+            found = samples.signed(
+                lambda p: eager(p, self._buffers, inputs, targets, penalty)[0], self.params, seeds, count
+            )
+        else:
+            with torch.no_grad():
+                drawn = samples.labels(self._outputs(inputs), seeds, count)
+            leaves = {name: p.detach().requires_grad_() for name, p in self.params.items()}
+            total = eager(leaves, self._buffers, inputs, drawn.to(targets.dtype), penalty)[0].sum()
+            grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            found = {name: g.square() for name, g in zip(leaves, grads, strict=True)}
+            self._count_terms(drawn[0].numel())
+        self._optimizer.observe(found, self.alive)
+
+    def _count_terms(self, terms: int) -> None:
+        """Tell the rule how many loss terms the mean of a batch is over."""
+        hyper = self._optimizer.hyper
+        self._optimizer.hyper = hyper._replace(bs=torch.full_like(hyper.lr, float(terms)))
+
+    def _outputs(self, inputs: Tensor) -> Tensor:
+        """The outputs of all members, (E, ...)."""
+
+        def outputs(params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: Tensor) -> Tensor:
+            return functional_call(self._model, (self._effective(params), self._effective(buffers)), (inputs,))
+
+        if len(self) == 1:
+            return self._alone(outputs)(self.params, self._buffers, inputs)
+        return torch.vmap(outputs, in_dims=(0, self._buffer_dims, 0), randomness="different")(
+            self.params, self._buffers, inputs
+        )
+
+    def _rates(self, name: str, hyper: Any, scale: float, clip: Tensor) -> tuple[Any, Surround]:
         """This step's learning rate of a tensor, its decay and clipping."""
         factors, decay = self.plan[name], self._numbers["weight_decay"]
-        lr = scale * hyper.lr * factors.lr
-        shrink = (scale if self.decay == "independent" else lr) * decay * factors.weight_decay
-        return hyper._replace(lr=lr), Surround(shrink=shrink, scale=clip)
+        peak = hyper.lr * factors.lr
+        if self.rule.decays:  # its decay is lr lambda
+            own = decay * factors.weight_decay / (peak if self.decay == "independent" else 1.0)
+            return hyper._replace(lr=scale * peak, weight_decay=own), Surround(scale=clip)
+        shrink = scale * (1.0 if self.decay == "independent" else peak) * decay * factors.weight_decay
+        return hyper._replace(lr=scale * peak), Surround(shrink=shrink, scale=clip)
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of the optimizer's state per parameter."""
+        held = sum(s.numel() * s.element_size() for state in self._optimizer.state.values() for s in state)
+        return held / sum(p.numel() for p in self.params.values())
 
     @torch.no_grad()
     def _sizes(self, grads: dict[str, Tensor], clip: Tensor) -> dict[str, Tensor]:
@@ -228,6 +285,13 @@ def _stack(models: Sequence[nn.Module], device: torch.device, dtype: torch.dtype
         buffers[name] = b.to(device, dtype if b.is_floating_point() else None, copy=True)
         dims[name] = None if shared else 0
     return params, buffers, dims
+
+
+def _hyper(rule: Rule, numbers: dict[str, Tensor]) -> Any:
+    """The rule's numbers by member: those of the members, and the rule's defaults for what is its own."""
+    defaults = rule.hyper()._asdict()
+    like = numbers["lr"]
+    return rule.hyper(**{n: numbers[n] if n in numbers else torch.full_like(like, v) for n, v in defaults.items()})
 
 
 def _member_columns(members: Sequence[Member], device: torch.device) -> dict[str, Tensor]:

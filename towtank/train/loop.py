@@ -96,7 +96,7 @@ def train(ensemble: Ensemble, training: Training) -> Iterator[Step]:
     limit, fates = training.diverged_at * initial, Fates(len(ensemble), ensemble.device)
     fates.mark(~initial.isfinite(), 0, 3)
     ensemble.freeze(fates.dead)
-    yield Step(0, None, initial, fates, {})
+    yield Step(0, None, initial, fates, {"state_bytes": torch.full_like(initial, ensemble.state_bytes)})
     for step in range(1, training.steps + 1):
         scale = shape(
             step - 1, training.steps, kind=training.schedule, warmup=training.warmup, final=training.final_lr,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
+
+from towtank.optim import OPTIMIZERS
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 Decay = Literal["independent", "coupled"]
 Parametrization = Literal["sp", "mup"]
 Compile = Literal["auto", "always", "never"]
 Precision = Literal["float32", "float64"]
+# The rates of muP are those of updates whose size does not depend on the size of the gradient.
+MUP_OPTIMIZERS = ("AdaBelief", "AdamP", "AdamW", "DiffGrad", "EXAdam", "Lion")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +24,9 @@ class Member:
     Args:
         lr: peak learning rate of the schedule.
         weight_decay: lambda; see `Training.decay` for what it multiplies.
-        beta1: decay of AdamW's first moment.
-        beta2: decay of AdamW's second moment.
-        eps: AdamW's epsilon, added to the root of the second moment.
+        beta1: decay of AdamW's first moment; another optimizer's number of that name, if it has one.
+        beta2: decay of AdamW's second moment; as `beta1`.
+        eps: AdamW's epsilon, added to the root of the second moment; as `beta1`.
         z_loss: coefficient of mean (log Z)^2 of the output logits; 0 turns it off.
         clip: largest global gradient norm; infinity turns clipping off.
         seed: seed of the initialization and of the order of the data.
@@ -70,6 +74,7 @@ class Training:
         diverged_at: a member whose loss exceeds this multiple of its initial loss has diverged.
         compile: whether to compile the gradient: `auto` (where it repays its compile time), `always` or `never`.
         precision: floating-point type of parameters and arithmetic.
+        optimizer: public name of a rule of `towtank.optim`.
 
     Raises:
         ValueError: naming the field, the value and what is allowed.
@@ -89,6 +94,7 @@ class Training:
     diverged_at: float = 4.0
     compile: Compile = "auto"
     precision: Precision = "float32"
+    optimizer: str = field(default="AdamW", metadata={"choices": tuple(OPTIMIZERS)})
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", self.steps, "1 or more")
@@ -108,10 +114,14 @@ class Training:
         ):
             value = getattr(self, name)
             _require(value in get_args(kind), name, value, " | ".join(get_args(kind)))
+        _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, " | ".join(OPTIMIZERS))
+        mup = self.parametrization != "mup" or self.optimizer in MUP_OPTIMIZERS
+        _require(mup, "optimizer", self.optimizer, f"{' | '.join(MUP_OPTIMIZERS)} under mup; take sp for the others")
 
 
 MEMBER_KEYS = frozenset(f.name for f in fields(Member))
 TRAINING_KEYS = frozenset(f.name for f in fields(Training))
+LATER_KEYS = frozenset({"optimizer"})  # in a cell only where somebody sets them: runs made before keep their identity
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:

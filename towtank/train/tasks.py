@@ -53,6 +53,28 @@ def gpt(
     return Task(model=model, data=data, loss=cross_entropy, outputs_are_logits=True)
 
 
+def digits(*, width: int, depth: int = 2, batch: int = 64) -> Task:
+    """Classification of scikit-learn's 1797 images of digits with a multilayer perceptron.
+
+    Args:
+        width: of the hidden layers.
+        depth: number of hidden layers.
+        batch: images in a batch.
+
+    Raises:
+        ValueError: if a number is below 1.
+        ImportError: if scikit-learn is not installed.
+    """
+    from towtank.losses import cross_entropy
+    from towtank.train.digits import MLP, Digits
+    from towtank.train.task import Task
+
+    for name, value in {"width": width, "depth": depth, "batch": batch}.items():
+        if value < 1:
+            raise ValueError(f"{name} = {value}: expected 1 or more")
+    return Task(model=MLP(width, depth), data=Digits(batch), loss=cross_entropy, outputs_are_logits=True)
+
+
 @lru_cache(maxsize=4)
 def _corpus(source: str) -> corpora.Corpus:
     return corpora.load(source)

@@ -70,14 +70,14 @@ def compensated(rule: Rule) -> Rule:
         inner = rule.init(param.float(), role, hyper)
         return _with_low(type(inner))(*inner, _split(param.float(), param.dtype)[1])
 
-    def update(param: Tensor, grad: Tensor, state: Any, hyper: Any, step: Any) -> tuple[Tensor, Any]:
+    def within(run: Run, param: Tensor, grad: Tensor, state: Any) -> tuple[Tensor, Any]:
         *inner, low = state
         kind = _INNER[type(state)]
-        new, fresh = rule.update(joined(param, low), grad.float(), kind(*inner), hyper, step)
+        new, fresh = run(rule, joined(param, low), grad.float(), kind(*inner))
         high, low = _split(new, param.dtype)
         return high, type(state)(*fresh, low)
 
-    return replace(rule, name=f"compensated({rule.name})", init=init, update=update, **_inner_hooks(rule, True))
+    return replace(rule, name=f"compensated({rule.name})", init=init, **_inner_hooks(rule, True), **_steps(within))
 
 
 def joined(param: Tensor, low: Tensor) -> Tensor:
@@ -97,6 +97,7 @@ def _split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return high, (x - high.float()).to(dtype)
 
 
+Run = Callable[[Rule, Tensor, Tensor, Any], tuple[Tensor, Any]]
 _INNER: dict[type, type] = {}
 
 
@@ -111,11 +112,20 @@ def _in_float32(rule: Rule, name: str, store: Callable[[Tensor, Tensor], Tensor]
     def init(param: Tensor, role: Role, hyper: Any) -> Any:
         return rule.init(param.float(), role, hyper)
 
-    def update(param: Tensor, grad: Tensor, state: Any, hyper: Any, step: Any) -> tuple[Tensor, Any]:
-        new, state = rule.update(param.float(), grad.float(), state, hyper, step)
+    def within(run: Run, param: Tensor, grad: Tensor, state: Any) -> tuple[Tensor, Any]:
+        new, state = run(rule, param.float(), grad.float(), state)
         return store(new, param), state
 
-    return replace(rule, name=f"{name}({rule.name})", init=init, update=update, **_inner_hooks(rule, False))
+    return replace(rule, name=f"{name}({rule.name})", init=init, **_inner_hooks(rule, False), **_steps(within))
+
+
+def _steps(within: Callable[[Run, Tensor, Tensor, Any], tuple[Tensor, Any]]) -> dict[str, Any]:
+    """A step with what surrounds it, and a step alone."""
+
+    def update(param: Tensor, grad: Tensor, state: Any, hyper: Any, step: Any) -> tuple[Tensor, Any]:
+        return within(lambda rule, p, g, s: rule.update(p, g, s, hyper, step), param, grad, state)
+
+    return {"within": within, "update": update}
 
 
 def _inner_hooks(rule: Rule, low: bool) -> dict[str, Any]:
@@ -141,8 +151,12 @@ def _inner_hooks(rule: Rule, low: bool) -> dict[str, Any]:
     def statistics(param: Tensor, grad: Tensor, state: Any, hyper: Any, step: Any) -> dict[str, Tensor]:
         return rule.statistics(param.float(), grad.float(), split(state)[0], hyper, step)  # pyright: ignore
 
+    def begins_with(param: Tensor, grad: Tensor) -> Tensor:
+        return rule.begins_with(param.float(), grad.float())  # pyright: ignore[reportOptionalCall]
+
     return {
         "begin": rule.begin and begin,
+        "begins_with": rule.begins_with and begins_with,
         "observe": rule.observe and observe,
         "preconditioner": rule.preconditioner and preconditioner,
         "statistics": rule.statistics and statistics,

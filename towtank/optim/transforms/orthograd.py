@@ -36,10 +36,21 @@ def orthograd(rule: Rule) -> Rule:
     def update(param: Tensor, grad: Tensor, state: Any, hyper: Any, step: Any) -> tuple[Tensor, Any]:
         return rule.update(param, _perpendicular(param, grad), state, hyper, step)
 
-    def begin(state: Any, grad: Tensor, hyper: Any) -> Any:
-        return rule.begin(state, grad, hyper)  # pyright: ignore[reportOptionalCall]
+    def statistics(param: Tensor, grad: Tensor, state: Any, hyper: Any, step: Any) -> dict[str, Tensor]:
+        return rule.statistics(param, _perpendicular(param, grad), state, hyper, step)  # pyright: ignore[reportOptionalCall]
 
-    return replace(rule, name=f"orthograd({rule.name})", update=update, reach="tensor", begin=rule.begin and begin)
+    def begins_with(param: Tensor, grad: Tensor) -> Tensor:
+        grad = _perpendicular(param, grad)
+        return grad if rule.begins_with is None else rule.begins_with(param, grad)
+
+    return replace(
+        rule,
+        name=f"orthograd({rule.name})",
+        update=update,
+        reach="tensor",
+        statistics=rule.statistics and statistics,
+        begins_with=begins_with,
+    )
 
 
 def _perpendicular(param: Tensor, grad: Tensor) -> Tensor:
