@@ -217,6 +217,7 @@ class GaussNewton(LinearOperator):
             dtype=problem.dtype,
             device=problem.device,
             semidefinite=self._sandwich.semidefinite,
+            cost=1.4,  # gradients, on kept graphs; a Hessian product is 2
             convention=f"Gauss-Newton matrix of the {problem.convention}{sign}",
             slices=problem.slices,
         )
