@@ -430,3 +430,17 @@ def test_transforms_with_options_pickle() -> None:
     run(optimizer, [w], 2, start=1)
     run(other, [twin], 2, start=1)
     assert torch.equal(w, twin)
+
+
+def test_the_effective_learning_rate_of_scale_invariant_weights_is_that_of_the_paper() -> None:
+    """Plain gradient descent on f(w / |w|): the gradient is across w, and a step turns it by lr |g| / |w|."""
+    w = nn.Parameter(torch.tensor([[3.0, 4.0], [1.0, 2.0]], dtype=torch.float64))
+    target = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    ((w / w.norm() - target) ** 2).sum().backward()
+    assert w.grad is not None
+    told = optim.SGD([("w", w)], lr=0.1).statistics()["w"]["effective_lr"]
+    assert told == pytest.approx(0.1 * (w.grad.norm() / w.norm()).item(), rel=1e-12)
+    # and at twice the length: the gradient halves, so lr |g| / |w| falls by four, as lr / |w|^2 does
+    longer = nn.Parameter(2 * w.detach())
+    ((longer / longer.norm() - target) ** 2).sum().backward()
+    assert optim.SGD([("w", longer)], lr=0.1).statistics()["w"]["effective_lr"] == pytest.approx(told / 4, rel=1e-12)

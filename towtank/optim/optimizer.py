@@ -202,7 +202,9 @@ class Optimizer(torch.optim.Optimizer):
     def statistics(self) -> dict[str, dict[str, float]]:
         """What the next step with the present gradients would do, by parameter: nothing moves.
 
-        `update_rms` is the root mean square of the step (with decay); the others are the statistics of the rule.
+        `update_rms` is the root mean square of the step (with decay). For tensors of two dimensions or more `effective_lr`
+        is ||step without its part along the weights|| / ||weights||: how far scale-invariant weights turn, in radians (van
+        Laarhoven 2017, section 3, whose lr / ||w||^2 is this for plain gradient descent). The others are the rule's.
 
         Raises:
             RuntimeError: if the rule needs curvature and has observed none.
@@ -213,7 +215,7 @@ class Optimizer(torch.optim.Optimizer):
                 work = self._work(p, group, whole)
                 rule = self._rule(p)
                 new, _ = surrounded(rule, work.param, work.grad, work.state, hyper, step, around)
-                values = {"update_rms": (new - work.param).float().square().mean().sqrt()}
+                values = options.sizes(work.param.double(), new.double() - work.param.double())
                 if rule.statistics is not None:
                     values |= rule.statistics(work.param, work.grad, work.state, hyper, step)
                 told[self.name_of(p)] = {k: float(v) for k, v in values.items()}

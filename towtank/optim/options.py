@@ -127,3 +127,19 @@ def share_of_peak(group: Mapping[str, Any]) -> float | Tensor:
 def as_real(t: Tensor) -> Tensor:
     """A complex tensor as its real and imaginary parts, on one more axis."""
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
+def sizes(param: Tensor, step: Tensor) -> dict[str, Tensor]:
+    """Root mean square of a step, and how far it turns a tensor of two dimensions or more.
+
+    Example:
+        >>> told = sizes(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.3, 0.4]]))
+        >>> round(float(told["update_rms"]), 4), round(float(told["effective_lr"]), 4)
+        (0.3536, 0.2)
+    """
+    told = {"update_rms": step.square().mean().sqrt()}
+    square = param.square().sum()
+    if param.ndim > 1 and bool(square > 0):
+        across = step - (step * param).sum() / square * param
+        told["effective_lr"] = (across.square().sum() / square).sqrt()
+    return told
