@@ -83,8 +83,8 @@ def read_events(files: Sequence[Path], root: Path) -> Rows:
         ValueError: if they hold no scalars.
     """
     try:
-        from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
-        from tensorboard.util.tensor_util import make_ndarray
+        from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator  # pyright: ignore[reportMissingImports]
+        from tensorboard.util.tensor_util import make_ndarray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError(
             f"{root}: event files need the package tensorboard; install it, or download the scalars from its page as CSV"
