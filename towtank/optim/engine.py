@@ -93,12 +93,12 @@ def advance(
         hyper: the rule's numbers.
         step: t of this step, from 1.
         around: clipping and decay.
-        engine: `native` (CPU, float32 or float64, elementwise rules, needs a C compiler), `eager`, `compile`, or `auto`:
-            native where it can, compiled on accelerators, else eager.
+        engine: `native` (dense CPU tensors of float32 or float64, and a C compiler), `eager`, `compile`, or `auto`: native
+            where it can, compiled on accelerators, else eager.
 
     Returns:
-        For each tensor how many numbers of its gradient were not finite: the native engine leaves those elements alone,
-        the eager one the whole tensor. A compiled step does not look.
+        For each tensor how many numbers of its gradient were not finite: the native engine leaves alone what they reach
+        (elements, rows or the tensor), the eager one the whole tensor. A compiled step does not look.
 
     Raises:
         ValueError: for an unknown engine.
@@ -106,7 +106,7 @@ def advance(
     """
     if engine not in get_args(EngineName):
         raise ValueError(f"engine = {engine!r}: expected one of {', '.join(get_args(EngineName))}")
-    lost, rest = [0] * len(works), list(range(len(works)))
+    lost, rest = [0] * len(works), set(range(len(works)))
     if engine in ("auto", "native"):
         for (dtype, fits), members in _kinds(rule, works).items():
             run = _native(rule, hyper, around, dtype, fits, engine == "native")
@@ -115,9 +115,9 @@ def advance(
             chosen = [works[i] for i in members]
             for i, n in zip(members, run(chosen, hyper, step, around), strict=True):
                 lost[i] = n
-            rest = [i for i in rest if i not in set(members)]
-    if rest and compiles(engine, works[rest[0]].param.device):
-        _run_compiled(rule, [works[i] for i in rest], hyper, step, around)
+            rest -= set(members)
+    if rest and compiles(engine, works[min(rest)].param.device):
+        _run_compiled(rule, [works[i] for i in sorted(rest)], hyper, step, around)
     else:
         for i in rest:
             lost[i] = _not_finite(works[i].grad)
@@ -133,7 +133,7 @@ def compiles(engine: EngineName, device: torch.device) -> bool:
 
 def has_kernel(rule: Rule, dtype: torch.dtype) -> bool:
     """Whether the native engine can carry out a rule on this machine."""
-    return not isinstance(_kernel(rule, False, dtype), str)
+    return not isinstance(_kernel(rule, False, dtype, _fixed(rule, rule.hyper())), str)
 
 
 def _is(x: float | Tensor, number: float) -> bool:
@@ -166,9 +166,8 @@ def _dense(t: Tensor) -> bool:
 def _native(rule: Rule, hyper: Any, around: Surround, dtype: torch.dtype, fits: bool, must: bool):  # noqa: ANN202
     numbers = (*hyper, around.shrink, around.l2, around.scale)
     scalar = all(isinstance(x, float | int) or x.ndim == 0 for x in numbers)
-    fixed = tuple((n, float(getattr(hyper, n))) for n in rule.static) if scalar else ()
     found = (
-        _kernel(rule, not _is(around.l2, 0.0), dtype, fixed)
+        _kernel(rule, not _is(around.l2, 0.0), dtype, _fixed(rule, hyper))
         if fits and scalar
         else "it needs dense CPU tensors of one type"
     )
@@ -191,10 +190,12 @@ def _native(rule: Rule, hyper: Any, around: Surround, dtype: torch.dtype, fits: 
     return run
 
 
+def _fixed(rule: Rule, hyper: Any) -> tuple[tuple[str, float], ...]:
+    return tuple((n, float(getattr(hyper, n))) for n in rule.static)
+
+
 @functools.cache
-def _kernel(
-    rule: Rule, coupled: bool, dtype: torch.dtype, fixed: tuple[tuple[str, float], ...] = ()
-) -> native.Kernel | str:
+def _kernel(rule: Rule, coupled: bool, dtype: torch.dtype, fixed: tuple[tuple[str, float], ...]) -> native.Kernel | str:
     shapes = _shapes(rule)
     if shapes is None:
         return f"the rule {rule.name} keeps state that is neither per element, nor per row, nor per tensor"

@@ -117,13 +117,12 @@ class Members:
                 old.copy_(torch.where(due.view(-1, *(1,) * (old.ndim - 1)), new, old))
 
     def _one_by_one(self, grads: Mapping[str, Tensor], told: dict[str, tuple[Any, Surround]], moved: Tensor) -> None:
-        kinds: dict[tuple[float, ...], list[str]] = {}
         lists = {name: [_list(x) for x in (*h, s.shrink, s.l2, s.scale)] for name, (h, s) in told.items()}
         rows = {name: g.contiguous().unbind() for name, g in grads.items()}
         for e, moves in enumerate(moved.tolist()):
             if not moves:
                 continue
-            kinds = {}
+            kinds: dict[tuple[float, ...], list[str]] = {}
             for name, columns in lists.items():
                 kinds.setdefault(tuple(c[e % len(c)] for c in columns), []).append(name)
             for values, names in kinds.items():
@@ -133,11 +132,9 @@ class Members:
 
     def _together(self, grads: Mapping[str, Tensor], told: dict[str, tuple[Any, Surround]], moved: Tensor) -> None:
         for name, grad in grads.items():
-            hyper, around = told[name]
-            hyper, around = (
-                _cast(hyper, grad),
-                tuple(_column(x, moved, grad) for x in (around.shrink, around.l2, around.scale)),
-            )
+            told_hyper, told_around = told[name]
+            hyper = _cast(told_hyper, grad)
+            around = tuple(_column(x, moved, grad) for x in (told_around.shrink, told_around.l2, told_around.scale))
             for p, g, *s in self._pieces(self.params[name], grad, self.state[name]):
                 self._vmapped(p, g, type(self.state[name])(*s), hyper, around, moved)
 
