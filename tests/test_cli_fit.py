@@ -15,9 +15,9 @@ import pytest
 from tests.test_cli import towtank
 from towtank.cli.asking import Request, find_law, words_of
 from towtank.laws import LAWS
+from towtank.record.record import Loss, Record
 from towtank.report import fit_page
 from towtank.study.folder import StudyFolder
-from towtank.study.record import Loss, Record
 
 RENDER = fit_page.render
 TRUE = {"E": 1.8, "A": 480.0, "alpha": 0.35, "B": 2100.0, "beta": 0.37}

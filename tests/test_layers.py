@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "towtank"
 ALLOWED: dict[str, set[str]] = {
     "estimate": set(),
+    "record": set(),
     "problem": {"estimate"},
     "linalg": {"estimate"},
     "curvature": {"problem", "linalg", "estimate"},
@@ -19,11 +20,16 @@ ALLOWED: dict[str, set[str]] = {
     "losses": set(),
     "scaling": set(),
     "laws": {"estimate"},
+    "signals": {"problem", "curvature", "linalg", "laws", "record", "estimate"},
+    "integrations": {"signals", "problem", "record"},
     "train": {"optim", "losses", "scaling"},
-    "study": {"train", "scaling"},
-    "report": {"study", "laws", "estimate"},
+    "study": {"train", "scaling", "record"},
+    "report": {"study", "record", "laws", "estimate"},
     "cli": {
         "estimate",
+        "record",
+        "signals",
+        "integrations",
         "problem",
         "linalg",
         "curvature",
@@ -39,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
 WITHOUT_TORCH = [
     "towtank",
     "towtank.laws",
-    "towtank.study.record",
+    "towtank.record.record",
     "towtank.study.config",
     "towtank.report.answer",
     "towtank.cli",

@@ -48,10 +48,10 @@ if TYPE_CHECKING:
         trace,
     )
     from towtank.problem import Problem
+    from towtank.record.record import load_records
     from towtank.report.answer import answer, predict
     from towtank.study.config import Study
     from towtank.study.load import load_study
-    from towtank.study.record import load_records
     from towtank.study.run import sweep
     from towtank.train.task import Task
 
@@ -97,7 +97,7 @@ _NAMES = {
     "report.answer": "answer predict",
     "study.config": "Study",
     "study.load": "load_study",
-    "study.record": "load_records",
+    "record.record": "load_records",
     "study.run": "sweep",
     "train.task": "Task",
 }

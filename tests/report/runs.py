@@ -6,8 +6,8 @@ import zlib
 
 import numpy as np
 
+from towtank.record.record import Loss, Record, Stage
 from towtank.report.answer import predict
-from towtank.study.record import Loss, Record, Stage
 
 INITIAL = 5.6
 SLOPE = {"sp": -0.9, "mup": 0.0}

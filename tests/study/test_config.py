@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from towtank.record.errors import ConfigError
 from towtank.study.axes import axis_values
 from towtank.study.config import Refine, Study, Verify
-from towtank.study.errors import ConfigError
 from towtank.study.grid import expand
 from towtank.study.keys import Key
 from towtank.study.load import builtin_studies, load_study, study_toml

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from towtank.record.errors import FolderError
 from towtank.study.config import Study
-from towtank.study.errors import FolderError
 from towtank.study.folder import StudyFolder, default_folder, safe_name
 from towtank.study.load import load_study
 
@@ -67,7 +67,7 @@ def test_the_study_is_kept_beside_its_records(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from towtank.study.folder import StudyFolder
-from towtank.study.errors import FolderError
+from towtank.record.errors import FolderError
 sys.stdin.readline()
 time.sleep(float(sys.argv[2]))
 folder = StudyFolder(sys.argv[1])

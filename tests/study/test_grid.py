@@ -9,10 +9,10 @@ import light_task
 import msgspec
 import pytest
 
+from towtank.record.errors import ConfigError
+from towtank.record.record import Loss, Record
 from towtank.study.config import Refine, Study, Verify
-from towtank.study.errors import ConfigError
 from towtank.study.grid import Describer, cell_id, ensemble_key, expand, make_jobs
-from towtank.study.record import Loss, Record
 from towtank.study.run import sweep
 from towtank.study.stages import extend_cells, refine_cells, verify_cells
 from towtank.train.settings import LATER_KEYS, MEMBER_KEYS, TRAINING_KEYS

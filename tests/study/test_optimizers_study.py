@@ -11,15 +11,15 @@ import pytest
 from scipy import stats
 
 from towtank.optim import OPTIMIZERS
+from towtank.record.errors import ConfigError
+from towtank.record.record import Loss, Record
 from towtank.report.answer import answer
 from towtank.report.comparison import holm
 from towtank.report.grouping import split
 from towtank.report.page import render
 from towtank.study.config import Study
-from towtank.study.errors import ConfigError
 from towtank.study.grid import Describer, cell_id, expand
 from towtank.study.load import load_study
-from towtank.study.record import Loss, Record
 from towtank.study.run import sweep
 from towtank.train.cells import train_cells
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from towtank.study.record import Loss, Record
+from towtank.record.record import Loss, Record
 from towtank.study.rows import rows_of
 
 

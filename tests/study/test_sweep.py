@@ -18,12 +18,12 @@ import light_task
 import pytest
 
 from towtank.estimate import Interval, Verdict
-from towtank.study import record as record_module
+from towtank.record import record as record_module
+from towtank.record.errors import ConfigError, FolderError
+from towtank.record.record import load_records
 from towtank.study.config import Refine, Study, Verify
 from towtank.study.crew import Crew
-from towtank.study.errors import ConfigError, FolderError
 from towtank.study.executors import InProcessExecutor, WorkerPool
-from towtank.study.record import load_records
 from towtank.study.run import Swept, sweep
 
 GRID = {"width": [32, 64], "lr": {"log2": [-12, -5]}, "seed": [0, 1]}

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from towtank.cli.main import ENVIRONMENT, OK, REFUSED, RUNS_FAILED
 from towtank.cli.output import console, print_json, say
-from towtank.study.errors import ConfigError, FolderError
+from towtank.record.errors import ConfigError, FolderError
+from towtank.record.record import Record
 from towtank.study.folder import StudyFolder
-from towtank.study.record import Record
 
 if TYPE_CHECKING:
     from towtank.report.answer import Answer

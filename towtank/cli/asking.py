@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from towtank.study.errors import ConfigError, nearest
+from towtank.record.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from towtank.laws.law import Law

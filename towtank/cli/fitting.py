@@ -16,7 +16,7 @@ import numpy as np
 from towtank.cli.asking import Request, find_law, hold_out_of, variables_of, words_of
 from towtank.cli.main import ENVIRONMENT, OK, REFUSED
 from towtank.cli.output import console, print_json, say
-from towtank.study.errors import ConfigError, FolderError, nearest
+from towtank.record.errors import ConfigError, FolderError, nearest
 
 if TYPE_CHECKING:
     from towtank.laws.law import Law

@@ -8,7 +8,7 @@ from typing import Any
 from towtank.cli.main import OK
 from towtank.cli.output import console, print_json
 from towtank.optim import OPTIMIZERS, rule_of
-from towtank.study.errors import ConfigError, nearest
+from towtank.record.errors import ConfigError, nearest
 
 _HEAD = ("optimizer", "state B", "passes", "lr / AdamW", "paper", "deviations")
 NOTES = (

@@ -245,7 +245,7 @@ def _open_streams() -> None:
 
 
 def _report_error(error: Exception) -> int:
-    from towtank.study.errors import ConfigError, FolderError, plain
+    from towtank.record.errors import ConfigError, FolderError, plain
 
     usage = getattr(error, "format_message", None)  # errors of the option parser
     if usage is not None:
@@ -262,7 +262,7 @@ def _report_error(error: Exception) -> int:
 
 
 def _fail(text: Any, code: int) -> int:
-    from towtank.study.errors import plain
+    from towtank.record.errors import plain
 
     print(f"towtank: {plain(text)}", file=sys.stderr)
     return code

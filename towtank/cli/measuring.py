@@ -12,7 +12,7 @@ from rich.text import Text
 
 from towtank.cli.main import OK, REFUSED
 from towtank.cli.output import console, print_json, say
-from towtank.study.errors import ConfigError, FolderError, plain
+from towtank.record.errors import ConfigError, FolderError, plain
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -44,6 +44,6 @@ def console() -> Console:
 
 def say(text: str) -> None:
     """One line on the error stream, without control characters."""
-    from towtank.study.errors import plain
+    from towtank.record.errors import plain
 
     print(plain(text), file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from towtank.study.errors import plain, show
+from towtank.record.errors import plain, show
 from towtank.study.progress import duration
 
 if TYPE_CHECKING:

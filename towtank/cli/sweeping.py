@@ -18,8 +18,8 @@ import msgspec
 from towtank.cli import answering
 from towtank.cli.main import INTERRUPTED, OK
 from towtank.cli.output import console, print_json, say
+from towtank.record.errors import ConfigError
 from towtank.study.config import Study
-from towtank.study.errors import ConfigError
 from towtank.study.folder import default_folder
 from towtank.study.load import load_study
 

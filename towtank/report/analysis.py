@@ -13,9 +13,9 @@ from towtank.laws.levels import Noise, pool
 from towtank.laws.optimum import Optimum, find_optimum
 from towtank.laws.sensitivity import lr_sensitivity
 from towtank.laws.size_fit import SizeFit, fit_points
+from towtank.record.record import Record
 from towtank.report.answer import LawResult, Prediction, RatePoint, SizeResult
 from towtank.report.grouping import FITTED_STATUS, Group, logit_of, loss_of, rate_of, seed_of, size_of
-from towtank.study.record import Record
 
 ATTENTION_LIMIT = 1e4  # above it training was seen to fail: Wortsman et al. 2023, section 3.3
 LINE_POINTS = 13

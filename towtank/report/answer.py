@@ -11,8 +11,8 @@ from towtank.estimate import Interval, Verdict
 from towtank.laws.fit import Backtest as Backtest
 
 if TYPE_CHECKING:
+    from towtank.record.record import Record
     from towtank.report.analysis import Analysis
-    from towtank.study.record import Record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,10 @@ import numpy as np
 from scipy import stats
 
 from towtank.estimate import Interval, finite
+from towtank.record.record import Record
 from towtank.report.analysis import Analysis
 from towtank.report.answer import Comparison, Rival
 from towtank.report.grouping import loss_of, rate_of, seed_of, size_of
-from towtank.study.record import Record
 
 LEVEL = 0.95
 STATE = "state_bytes"  # the signal that holds the optimizer's state per parameter

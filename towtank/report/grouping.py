@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from towtank.estimate import finite
-from towtank.study.record import Record
+from towtank.record.record import Record
 
 ATTENTION = "attention_logit_max"
 FITTED_STATUS = ("done", "diverged")
@@ -33,7 +33,7 @@ def size_axis(records: Iterable[Record]) -> str:
     """The key along which the runs grow: width or depth if it varies, else the only integer key that varies.
 
     Example:
-        >>> from towtank.study.record import Loss
+        >>> from towtank.record.record import Loss
         >>> def run(n):
         ...     return Record(id=str(n), config={"lr": 0.1, "hidden": n}, status="done", steps=1, loss=Loss())
         >>> size_axis([run(8), run(16)])

@@ -12,10 +12,10 @@ from towtank.laws.levels import Noise
 from towtank.laws.optimum import Optimum, format_rate
 from towtank.laws.sweep import sweep
 from towtank.laws.tilt import shared_curvature, tilt_optimum
+from towtank.record.record import Record
 from towtank.report.analysis import Analysis, optimum_of, rate_points
 from towtank.report.answer import Prediction, Verification
 from towtank.report.grouping import FITTED_STATUS, loss_of, rate_of, seed_of, size_of
-from towtank.study.record import Record
 
 NEAR = 0.25  # octaves: a run so near the predicted rate was a run at it
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from towtank.study.errors import MISSING, ConfigError, nearest
+from towtank.record.errors import MISSING, ConfigError, nearest
+from towtank.record.record import Scalar
 from towtank.study.keys import Key
-from towtank.study.record import Scalar
 
 MAX_RUNS = 20_000
 _LIMIT = {"log2": 1000.0, "log10": 300.0, "linear": 1e300}

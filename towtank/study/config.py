@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
+from towtank.record.errors import ConfigError, nearest
+from towtank.record.record import Scalar
 from towtank.study.axes import MAX_RUNS, axis_length, axis_values
-from towtank.study.errors import ConfigError, nearest
 from towtank.study.keys import Key, Keys, check_value, task_keys
-from towtank.study.record import Scalar
 
 DEFAULT_TASK = "towtank.train.tasks:gpt"
 

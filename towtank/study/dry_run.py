@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from towtank.record.record import Record, Scalar
 from towtank.study.config import Study
 from towtank.study.environment import available_memory
 from towtank.study.executors import usable_cpus
 from towtank.study.folder import StudyFolder
 from towtank.study.grid import Cell, Describe, Describer, Run, expand, make_jobs, same_runs
-from towtank.study.record import Record, Scalar
 from towtank.study.run import FINAL, MAX_EXTENSIONS, default_workers, describer
 from towtank.study.stages import refine_cells, seeds_at
 

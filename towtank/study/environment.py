@@ -9,8 +9,8 @@ import sys
 from functools import cache
 from importlib import metadata
 
+from towtank.record.record import Scalar
 from towtank.study.executors import usable_cpus
-from towtank.study.record import Scalar
 
 _VERSIONS = ("towtank", "torch", "numpy")
 

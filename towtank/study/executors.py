@@ -19,7 +19,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from towtank.study.errors import plain
+from towtank.record.errors import plain
 from towtank.study.grid import Cell
 
 HEARTBEAT_S = 1.0

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from towtank.record.errors import FolderError, plain
+from towtank.record.record import Record, decode, load_records, remove_leftovers, write_atomic, write_record
 from towtank.study.config import Study
-from towtank.study.errors import FolderError, plain
 from towtank.study.load import load_study, study_toml
-from towtank.study.record import Record, decode, load_records, remove_leftovers, write_atomic, write_record
 
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 

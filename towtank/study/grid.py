@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from towtank.record.errors import ConfigError
+from towtank.record.record import Scalar, Stage, canonical
 from towtank.study.axes import axis_values
 from towtank.study.config import Study
-from towtank.study.errors import ConfigError
 from towtank.study.keys import Keys
-from towtank.study.record import Scalar, Stage, canonical
 from towtank.train.cells import canonical as effective
 from towtank.train.cells import own_numbers
 from towtank.train.planner import largest_ensemble

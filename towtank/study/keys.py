@@ -9,8 +9,8 @@ from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from towtank.study.errors import MISSING, ConfigError, nearest
-from towtank.study.record import Scalar
+from towtank.record.errors import MISSING, ConfigError, nearest
+from towtank.record.record import Scalar
 from towtank.train.settings import MEMBER_KEYS, TRAINING_KEYS, Member, Training
 
 _KINDS: dict[Any, type] = {"int": int, "float": float, "bool": bool, "str": str, int: int, float: float, bool: bool,

@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
+from towtank.record.errors import ConfigError, nearest, plain
 from towtank.study.config import Refine, Study, check_axes, check_size
-from towtank.study.errors import ConfigError, nearest, plain
 from towtank.study.keys import settings_keys
 
 _MAX_BYTES = 100_000

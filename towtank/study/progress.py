@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TextIO
 
-from towtank.study.errors import plain
+from towtank.record.errors import plain
 
 PLAIN_EVERY_S = 10.0
 LIVE_EVERY_S = 0.25

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from towtank.study.record import Curve, Record
+from towtank.record.record import Curve, Record
 
 
 def rows_of(records: Iterable[Record]) -> list[dict[str, Any]]:
@@ -22,7 +22,7 @@ def rows_of(records: Iterable[Record]) -> list[dict[str, Any]]:
         nats), `loss_best` (the lowest along the run), `loss_initial`, and every signal's largest value by its own name.
 
     Example:
-        >>> from towtank.study.record import Loss
+        >>> from towtank.record.record import Loss
         >>> run = Record(id="a", config={"width": 32}, status="done", steps=9, loss=Loss(final=2.5, curve=[(5, 2.4)]))
         >>> row = rows_of([run])[0]
         >>> row["width"], row["loss"], row["loss_best"]

@@ -13,15 +13,15 @@ from typing import Any
 
 import msgspec
 
+from towtank.record.errors import ConfigError
+from towtank.record.record import Loss, Record, Stage
 from towtank.study.config import Study
 from towtank.study.crew import Crew
 from towtank.study.environment import available_memory, differences, environment
-from towtank.study.errors import ConfigError
 from towtank.study.executors import Outcome, Work, usable_cpus
 from towtank.study.folder import StudyFolder
 from towtank.study.grid import Cell, Describe, Describer, Job, Run, expand, make_jobs, same_runs
 from towtank.study.progress import Silent
-from towtank.study.record import Loss, Record, Stage
 from towtank.study.stages import Planned, extend_cells, refine_cells, target_cells, verify_cells
 
 _MOST_WORKERS = 16

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from towtank.record.record import Record, Scalar
 from towtank.study.config import Refine, Study
 from towtank.study.grid import Cell
-from towtank.study.record import Record, Scalar
 
 Predictor = Callable[[Sequence[Record], float], tuple[float | None, str]]
 """Records of one arm and a size -> the learning rate to try there, or None and why it cannot be told."""

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from towtank.study.errors import FolderError, NewerRecordError
-from towtank.study.record import (
+from towtank.record.errors import FolderError, NewerRecordError
+from towtank.record.record import (
     SCHEMA,
     Loss,
     Record,
@@ -135,8 +135,8 @@ WRITER = """
 import sys
 from pathlib import Path
 import msgspec
-from tests.study.test_record import RECORD
-from towtank.study.record import write_record
+from tests.record.test_record import RECORD
+from towtank.record.record import write_record
 big = msgspec.structs.replace(RECORD, signals={"s": [(i, 0.1 * i) for i in range(20_000)]})
 print("ready", flush=True)
 while True:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from towtank.study.errors import FolderError, NewerRecordError, plain
+from towtank.record.errors import FolderError, NewerRecordError, plain
 
 SCHEMA = 1
 Scalar = str | int | float | bool | None
