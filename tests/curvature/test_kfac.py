@@ -147,7 +147,7 @@ def test_inverse_trace_determinant_and_diagonal_are_those_of_the_dense_matrix(ki
     assert abs(op.logdet(0.1) - float(torch.logdet(A + 0.1 * eye))) < ROUNDING * op.shape[0]
     assert torch.allclose(op.diagonal(), A.diagonal(), rtol=0, atol=ROUNDING)
     block = op.restrict(layers[1])
-    assert torch.equal(block.dense(), A[-18:, -18:])
+    assert relative(block.dense(), A[-18:, -18:]) < ROUNDING
     assert relative(op.restrict(["0.weight"]).dense(), A[:20, :20]) < ROUNDING
     with pytest.raises(ValueError, match="raise it"):
         op.inverse(0.0)

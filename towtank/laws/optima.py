@@ -237,7 +237,10 @@ def _shape(sweeps: Sweeps, used_R: Ints) -> Floats | None:
     found, _, rank, _ = np.linalg.lstsq(columns, np.log(sweeps.loss_R[used_R]), rcond=None)
     hessian_TT = np.zeros((z_RT.shape[1],) * 2)
     hessian_TT[upper] = hessian_TT.T[upper] = found[: upper[0].size]
-    return None if rank < columns.shape[1] or (np.linalg.eigvalsh(hessian_TT) <= 0).any() else hessian_TT
+    log_R = np.log(sweeps.loss_R[used_R])
+    rounding = 64 * np.finfo(np.float64).eps * np.abs(log_R).max() / (np.square(z_RT).sum(axis=1).max() / 2)
+    bottomless = (np.linalg.eigvalsh(hessian_TT) <= rounding).any()  # or no deeper than log loss is rounded
+    return None if rank < columns.shape[1] or bottomless else hessian_TT
 
 
 def _means(x_RP: Floats, cell_R: Ints) -> Floats:
