@@ -156,3 +156,9 @@ def test_kill_while_writing_leaves_whole_records_or_none(folder: Path) -> None:
         assert load_records(folder)[1] == []
     remove_leftovers(records)
     assert all(path.suffix == ".json" for path in records.iterdir())
+
+
+def test_a_run_that_was_never_closed_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "stream.jsonl").write_text("")
+    with pytest.raises(FolderError, match="never closed.*save_record"):
+        load_records(tmp_path)

@@ -180,6 +180,11 @@ def _record_files(folder: Path) -> list[Path]:
     try:
         return sorted(p for p in records.iterdir() if p.suffix == ".json" and not p.name.startswith("."))
     except OSError:
+        if (folder / "stream.jsonl").exists():
+            raise FolderError(
+                f"{folder}: expected records/ in it, got the stream of a run that was never closed: `towtank watch` shows it, and "
+                "towtank.record.stream.save_record(folder) makes its record"
+            ) from None
         raise FolderError(f"{folder}: expected a study folder with records/ in it; `towtank sweep` makes one") from None
 
 
