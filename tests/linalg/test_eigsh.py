@@ -136,6 +136,103 @@ def test_a_product_that_is_not_finite_names_the_block() -> None:
         eigsh(Poisoned(), 5)
 
 
+@pytest.mark.parametrize("tol", [0.05, 1e-3])
+@pytest.mark.parametrize("place", [0, 100, -3])
+def test_a_start_at_another_eigenvector_still_finds_the_largest(place: int, tol: float) -> None:
+    """The eigenvectors of -3, -0.07 and 12; which of 20 and 19.9 a single vector finds first is chance, as without a start."""
+    A = matrix(MIXED)
+    wrong = torch.linalg.eigh(A).eigenvectors[:, place]
+    for seed in range(20):
+        pair = eigsh(operator(A), tol=tol, start=wrong, generator=seed)
+        assert pair.converged and pair.values[0] == pytest.approx(20, rel=max(tol, 0.006))
+
+
+@pytest.mark.parametrize("bulk", [0.3, 0.1, 0.005])
+def test_a_start_at_an_outlier_that_was_overtaken(bulk: float) -> None:
+    """4000 values between -bulk and bulk and outliers at 1.2, 1, 0.5, 0.3: the start at 1 has no part of the one at 1.2."""
+    values = bulk * normal(4000, seed=1).clamp(-3, 3) / 3
+    values[:4] = torch.tensor([1.2, 1.0, 0.5, 0.3])
+    second = torch.zeros(4000, dtype=torch.float64)
+    second[1] = 1.0
+    for seed in range(10):
+        pair = eigsh(Diagonal(values), tol=0.05, start=second, generator=seed)
+        assert pair.values[0] == pytest.approx(1.2, rel=0.05)
+
+
+def test_a_start_in_an_invariant_space_without_the_largest() -> None:
+    """12, 4 and 0 to -3: ten products of a start among these see nothing else, so it is the random half that finds 20."""
+    A = matrix(MIXED)
+    start = torch.linalg.eigh(A).eigenvectors[:, [0, 1, 2, 30, 60, 90, -5, -4, -3]].sum(dim=1)
+    for seed in range(20):
+        assert eigsh(operator(A), tol=0.05, start=start, generator=seed).values[0] == pytest.approx(20, rel=0.05)
+
+
+class Diagonal(LinearOperator):
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__(len(values), dtype=torch.float64, device=torch.device("cpu"))
+        self.values = values
+
+    def _matmat(self, X: torch.Tensor) -> torch.Tensor:
+        return self.values[:, None] * X
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+def test_starts_near_the_eigenvectors(dtype: torch.dtype, which: str) -> None:
+    A = matrix(MIXED)
+    cold = eigsh(operator(A, dtype), 2, which=which, tol=1e-4)  # type: ignore[arg-type]
+    near = cold.vectors + 1e-3 * normal(*cold.vectors.shape, seed=9).to(dtype)
+    warm = eigsh(operator(A, dtype), 2, which=which, tol=1e-4, start=near, generator=1)  # type: ignore[arg-type]
+    assert warm.converged
+    assert bool(((warm.values - wanted(MIXED, which, 2)).abs() <= warm.residuals).all())
+
+
+def test_a_start_near_the_eigenvector_saves_products() -> None:
+    op = operator(matrix(torch.cat([torch.tensor([3.0, 2.5], dtype=torch.float64), 0.5 * normal(300, seed=1)])))
+    cold = [eigsh(op, tol=1e-4, generator=seed) for seed in range(10)]
+    warm = [eigsh(op, tol=1e-4, generator=seed, start=cold[0].vectors) for seed in range(10)]
+    assert max(w.products for w in warm) < min(c.products for c in cold)
+    assert all(w.values[0] == pytest.approx(3.0, abs=3e-4) for w in warm)
+
+
+@pytest.mark.parametrize(
+    ("A", "values"), [(torch.full((1, 1), -2.0), [-2]), (torch.zeros(5, 5), [0]), (torch.eye(6), [1])]
+)
+def test_a_start_in_small_and_invariant_spaces(A: torch.Tensor, values: list[float]) -> None:
+    pairs = eigsh(operator(A), start=torch.eye(len(A))[0])
+    assert pairs.converged and pairs.values == pytest.approx(values, abs=1e-11)
+
+
+def test_a_start_is_read_only_and_repeats() -> None:
+    op, start = operator(matrix(MIXED), torch.float32), normal(200, seed=2)
+    kept = start.clone()
+    assert eigsh(op, start=start).values == pytest.approx(eigsh(op, start=7 * start).values)
+    assert_equal_bits(eigsh(op, start=start, generator=3).vectors, eigsh(op, start=start, generator=3).vectors)
+    assert_equal_bits(start, kept)
+
+
+@pytest.mark.parametrize(
+    ("start", "match"),
+    [
+        (torch.zeros(200), "not zero"),
+        (torch.full((200,), torch.nan), "finite"),
+        (torch.ones(199), "shape"),
+        (torch.ones(200, 0), "shape"),
+        (torch.ones(1, 200, 1), "shape"),
+    ],
+)
+def test_bad_starts(start: torch.Tensor, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        eigsh(operator(matrix(MIXED)), start=start)
+
+
+def test_a_start_or_a_state() -> None:
+    op = operator(matrix(MIXED))
+    state = eigsh(op, keep_state=True, max_products=3).state
+    with pytest.raises(ValueError, match="both"):
+        eigsh(op, state=state, start=torch.ones(200))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [

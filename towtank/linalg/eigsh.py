@@ -17,6 +17,8 @@ from towtank.linalg.operator import LinearOperator
 from towtank.linalg.products import Products
 
 End = Literal["LA", "SA", "LM", "BE"]
+_LEAST = 4  # products for each given start: its random half is then three powers deep, where outliers dominate a bulk
+_COARSE = 0.05  # and residual of the next pair, as a share of the wanted eigenvalues
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ def eigsh(
     atol: float = 0.0,
     generator: torch.Generator | int | None = None,
     block: int = 1,
+    start: Tensor | None = None,
     max_basis: int | None = None,
     max_products: int | None = None,
     state: dict[str, Tensor] | None = None,
@@ -72,6 +75,11 @@ def eigsh(
     distance of theta, whatever its neighbours are. Single vectors (`block=1`) find each distinct eigenvalue once; a
     block as large as a multiplicity finds all copies. Both ends are found on the way, see `Eigenpairs.ends`.
 
+    A given start is mixed with as much of a random vector. From an exact eigenvector alone no other could be found, and its
+    residual is small at once, whichever eigenvector it is. The random half costs next to nothing: Lanczos needs a share of
+    the wanted vector, not a pure one. It must also have been heard before a stop: with a start at least four products are
+    made for each of its vectors, and the residual of the Ritz pair next to the wanted ones must be at most 5 % of them.
+
     Args:
         op: the operator (P, P).
         k: pairs wanted, at most P.
@@ -80,6 +88,7 @@ def eigsh(
         atol: residual allowed, in the unit of the eigenvalues: for values near zero.
         generator: of the start vectors, or a seed.
         block: vectors multiplied at once.
+        start: first vectors of the basis, (P,) or (P, d), such as eigenvectors found before a step; d is the least block.
         max_basis: vectors held; by default 2k + 20. Memory is this times P numbers.
         max_products: where to stop at the latest; by default 300 + 30 k. Not converged is then said.
         state: an `Eigenpairs.state`, to go on as if there had been no stop; then `generator`, `block` and `max_basis`
@@ -88,7 +97,7 @@ def eigsh(
         progress: show a bar; by default on a terminal when it takes long.
 
     Raises:
-        ValueError: if k, block or the bounds do not fit, or a product is not finite.
+        ValueError: if k, block, the start or the bounds do not fit, or a product is not finite.
         TypeError: if the operator is not symmetric.
 
     Example:
@@ -101,14 +110,22 @@ def eigsh(
     Source: Wu and Simon 2000, "Thick-restart Lanczos method"; the bound is that of Parlett 1980, theorem 4.5.1.
     """
     P = op.shape[0] if isinstance(op, LinearOperator) else k
+    given = _given(start, P, state)
+    block = block if given is None else max(block, len(given))
     _check(P, k, which, block, max_basis)
     need = min(2 * k if which == "BE" else k, P)
     limit = 300 + 30 * k if max_products is None else max_products
     with Products(op, limit, "eigsh", show=progress) as A:
         draw = as_generator(generator, op.device)
-        krylov = _krylov(A, need, block, max_basis, draw, state)
+        krylov = _krylov(A, need, block, max_basis, draw, state, given)
         ritz = _Ritz(krylov, which, need)
-        while not _settled(ritz, tol, atol, P) and A.left >= max(krylov.n - krylov.done, 1):
+        heard = 0 if given is None else min(_LEAST * len(given), P)
+
+        def settled() -> bool:
+            met = _settled(ritz, tol, atol, P) and A.spent >= heard
+            return met and (given is None or _next_known(ritz, tol, atol))
+
+        while not settled() and A.left >= max(krylov.n - krylov.done, 1):
             if krylov.complete and not krylov.add(_start(A, 1, draw)[0]):
                 break
             if krylov.full:
@@ -118,7 +135,7 @@ def eigsh(
         if not krylov.done:
             raise ValueError(f"expected max_products of at least the block {block}, got {limit}")
         kept = {**krylov.state(), "generator": draw.get_state()} if keep_state else None
-        return ritz.pairs(A, _settled(ritz, tol, atol, P), kept)
+        return ritz.pairs(A, settled(), kept)
 
 
 class _Ritz:
@@ -170,6 +187,15 @@ def _settled(ritz: _Ritz, tol: float, atol: float, P: int) -> bool:
     return bool((ritz.residuals[best] <= allowed).all())
 
 
+def _next_known(ritz: _Ritz, tol: float, atol: float) -> bool:
+    """Whether the pair next to the wanted ones is known so far that none hides beyond them."""
+    if len(ritz.order) <= ritz.need:
+        return True
+    last, following = ritz.order[ritz.need - 1], ritz.order[ritz.need]
+    allowed = max(max(tol, _COARSE) * float(ritz.theta[last].abs()), atol, 2 * ritz.rounding)
+    return bool(ritz.residuals[following] <= allowed)
+
+
 def _order(theta: Tensor, which: End) -> Tensor:
     """Indices of ascending values, the most wanted first; for both ends the largest, the smallest, and so on."""
     up = torch.arange(len(theta))
@@ -185,6 +211,7 @@ def _krylov(
     max_basis: int | None,
     draw: torch.Generator,
     state: dict[str, Tensor] | None,
+    given: Tensor | None,
 ) -> Krylov:
     P = A.op.shape[0]
     like = torch.empty(0, dtype=A.op.dtype, device=A.op.device)
@@ -194,7 +221,30 @@ def _krylov(
             raise ValueError(f"expected a state of vectors of {P} entries, got {state['Q'].shape[1]}")
         return Krylov.resumed(A, state, like)
     basis = max(2 * need + 20, need + 3 * block) if max_basis is None else max_basis
-    return Krylov(A, _start(A, min(block, P), draw), capacity=basis + block)
+    first = _start(A, min(block, P), draw)
+    if given is not None:
+        first /= torch.linalg.vector_norm(first, dim=1, keepdim=True)
+        first[: len(given)] += given.to(first)
+    return Krylov(A, first, capacity=basis + block)
+
+
+def _given(start: Tensor | None, P: int, state: dict[str, Tensor] | None) -> Tensor | None:
+    """The given start as unit rows (d, P).
+
+    Raises:
+        ValueError: if it does not fit.
+    """
+    if start is None:
+        return None
+    if state is not None:
+        raise ValueError("expected a start or a state, got both; a state has its basis already")
+    if start.ndim not in (1, 2) or start.shape[0] != P or not start.numel():
+        raise ValueError(f"expected a start of shape ({P},) or ({P}, d), got {tuple(start.shape)}")
+    rows = start.detach().reshape(P, -1).T.double()
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    if not bool((torch.isfinite(lengths) & (lengths > 0)).all()):
+        raise ValueError("expected start vectors that are finite and not zero; leave start out")
+    return rows / lengths
 
 
 def _start(A: Products, count: int, draw: torch.Generator) -> Tensor:
