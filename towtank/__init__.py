@@ -8,13 +8,15 @@ Names here are imported on first use, so that `import towtank` stays light:
     eigsh, spectral_density, trace, diagonal, inverse_diagonal, frobenius_norm, logdet, solve
                                 matrix-free algorithms on any operator
     adam_preconditioner         the diagonal of an Adam-like optimizer, for Preconditioned
+    Monitor                     watch your own training loop: probes, alarms, forecasts
     Study, load_study, sweep    a study and how to run it
     load_records                the records of a folder
     answer, predict             from records to the answer, or to a learning rate at a size
     Task                        what a task function returns
     Estimate, Interval, Verdict what a number is
 
-Scaling laws are in `towtank.laws`, optimizers in `towtank.optim`.
+Scaling laws are in `towtank.laws`, optimizers in `towtank.optim`, probes in `towtank.signals`, callbacks for other people's
+trainers in `towtank.integrations`.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from towtank.problem import Problem
     from towtank.record.record import load_records
     from towtank.report.answer import answer, predict
+    from towtank.signals.monitor import Monitor
     from towtank.study.config import Study
     from towtank.study.load import load_study
     from towtank.study.run import sweep
@@ -66,6 +69,7 @@ __all__ = [
     "Hessian",
     "Interval",
     "LinearOperator",
+    "Monitor",
     "Preconditioned",
     "Problem",
     "Study",
@@ -88,6 +92,7 @@ __all__ = [
     "sweep",
     "trace",
 ]
+_MODULES = ("integrations", "laws", "optim", "signals")
 
 _NAMES = {
     "curvature": "EKFAC KFAC NTK Fisher GaussNewton Hessian Preconditioned adam_preconditioner landscape measure",
@@ -95,6 +100,7 @@ _NAMES = {
     "linalg": "LinearOperator diagonal eigsh frobenius_norm inverse_diagonal logdet solve spectral_density trace",
     "problem": "Problem",
     "report.answer": "answer predict",
+    "signals.monitor": "Monitor",
     "study.config": "Study",
     "study.load": "load_study",
     "record.record": "load_records",
@@ -105,6 +111,8 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names.spli
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"towtank.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'towtank' has no attribute {name!r}")
     return getattr(importlib.import_module(f"towtank.{_HOME[name]}"), name)
