@@ -236,6 +236,28 @@ def landscape(
     return measuring.landscape(target, kind=kind, dims=dims, span=span, points=points, out=out, seed=seed, json=json)
 
 
+@app.command()
+def watch(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="FOLDER", show_default=False)],
+    follow: Annotated[
+        bool | None,
+        typer.Option(
+            "--follow/--once", help="Until the run ends, or print once [follow on a terminal].", show_default=False
+        ),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every tensor and module, not only the worst.")] = False,
+    every: Annotated[float, typer.Option(min=0.05, max=3600, help="Seconds between looks.")] = 1.0,
+    json: Json = False,
+) -> int:
+    """Watch a run that towtank.Monitor(..., out=FOLDER) writes: readings, limits, alarms, notes.
+
+    Ctrl-C stops watching, with 0; the run goes on. A run that failed, or whose process is gone, exits with 3.
+    """
+    from towtank.cli import watching
+
+    return watching.watch(folder, follow=follow, everything=everything, every_s=every, json=json)
+
+
 def _open_streams() -> None:
     """Lead standard streams that were closed before we began to nowhere: Python has None for them."""
     if sys.stdout is None:
