@@ -1,0 +1,1 @@
+"""The tutorials, shortened: each shows what it says."""
