@@ -24,6 +24,7 @@ check: $(VENV)/.dev ## style, types and layers
 
 bench: $(VENV)/.dev ## the benchmarks behind docs/benchmarks.md
 	$(BIN)/python bench/ensemble.py
+	$(BIN)/python bench/monitor.py --skip values
 
 docs: $(VENV)/.docs ## the documentation as a site in site/
 	$(BIN)/mkdocs build --strict
