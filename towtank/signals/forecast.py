@@ -10,12 +10,10 @@ from scipy.stats import t as student
 
 from towtank.estimate import Interval
 from towtank.signals.history import Floats
-from towtank.signals.trend import line
+from towtank.signals.trend import DRAWS, HORIZON, line
 
 LEAST = 8  # points of a trend
 FARTHEST = 100.0  # factor over which a trend may be continued
-DRAWS = 1000
-HORIZON = 3.0  # how far a trend may be continued, in multiples of the steps it was seen over
 
 
 def crossing(

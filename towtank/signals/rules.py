@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from towtank.laws.stability import EPSILON_MARGIN, LOGIT_LIMIT
 from towtank.signals.alarm import Alarm, Severity
 from towtank.signals.checks import broken_examples
 from towtank.signals.forecast import crossing
@@ -16,9 +17,6 @@ from towtank.signals.step import Step
 from towtank.signals.trend import early_peak
 
 Rule = Callable[[History, Step], Iterable[Alarm] | None]  # runs when a step's readings are in the history
-
-LOGIT_LIMIT = 1e4
-EPSILON_MARGIN = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
